@@ -1,0 +1,1 @@
+"""The border to other people's formats: video codecs, text encoders, checkpoints."""

@@ -1,0 +1,1 @@
+"""The model: an exactly invertible map between latents and noise (torch only)."""
