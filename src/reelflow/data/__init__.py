@@ -1,0 +1,1 @@
+"""Where clips to learn from come from: folders, shards, and the endless rendered world of `toybox`."""

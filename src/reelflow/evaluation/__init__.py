@@ -1,0 +1,1 @@
+"""Judges of generated video: metrics, the toybox detector, exports, benchmarks."""
