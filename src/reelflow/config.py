@@ -149,3 +149,6 @@ class ModelConfig(Strict):
     tasks: tuple[Literal["generate", "animate", "edit", "extend"], ...] = ("generate", "animate", "extend")
     """What it was trained for; likelihood and inversion work for every flow."""
     prompt: PromptConfig = PromptConfig()
+    parts: dict[str, str] = Field(default_factory=dict)
+    """Where parts missing from the folder come from: `vae`, `text_encoder`, `tokenizer` → Hugging Face id, with
+    `:subfolder` where the part is not at its root."""
