@@ -1,0 +1,138 @@
+"""Transformer layers, and the three ways in which their tokens see each other.
+
+A layer knows nothing of masks or caches: it is given an `Attend`, a function of (queries, keys, values).
+
+Shapes: B batch, T tokens, M model width, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reelflow.config import FlowConfig
+from reelflow.flow.rope import Rotary
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+MASK_ROWS = 256  # a mask is never built for more queries than this at a time
+
+
+def attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention; fewer key heads than query heads are shared among neighbouring queries."""
+    grouped = q_BHTD.shape[1] != k_BHTD.shape[1]
+    return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def causal(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """Every token sees itself and those before it."""
+    return attention(q_BHTD, k_BHTD, v_BHTD, causal=True)
+
+
+def causal_after(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """Causal where the queries are the last tokens of the keys' sequence; masks stay (≤ 256) × keys."""
+    queries, keys = q_BHTD.shape[2], k_BHTD.shape[2]
+    if queries == keys:
+        return causal(q_BHTD, k_BHTD, v_BHTD)
+    if queries == 1:
+        return attention(q_BHTD, k_BHTD, v_BHTD)
+    parts = []
+    for start in range(0, queries, MASK_ROWS):
+        stop = min(start + MASK_ROWS, queries)
+        seen = keys - queries + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q_BHTD.device).tril(seen - (stop - start))
+        parts.append(attention(q_BHTD[:, :, start:stop], k_BHTD[:, :, :seen], v_BHTD[:, :, :seen], mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def frame_window(text: int, frames: int, places: int, look_ahead: int, window: int | None) -> Attend:
+    """The denoiser's view: frame f sees all text and frames f + A − 1 − G … f + A − 1; text sees text and frames 0 … A − 1.
+
+    Every frame is one dense attention over a slice of the keys, so no mask exists. `places`: tokens of a frame.
+    """
+
+    def run(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        def view(x: Tensor, first: int, last: int) -> Tensor:
+            if first == 0:
+                return x[:, :, : text + last * places]
+            return torch.cat((x[:, :, :text], x[:, :, text + first * places : text + last * places]), 2)
+
+        parts = []
+        for f in range(-1 if text else 0, frames):
+            query = q_BHTD[:, :, :text] if f < 0 else q_BHTD[:, :, text + f * places : text + (f + 1) * places]
+            first = 0 if window is None or f < 0 else max(0, f + look_ahead - 1 - window)
+            last = min(frames, max(f, 0) + look_ahead)
+            parts.append(attention(query, view(k_BHTD, first, last), view(v_BHTD, first, last)))
+        return torch.cat(parts, 2)
+
+    return run
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, its weight stored as an offset from one (Gemma)."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def norm(config: FlowConfig, width: int) -> nn.Module:
+    return RMSNorm(width) if config.norm == "rms" else nn.LayerNorm(width, eps=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: FlowConfig, width: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads = config.num_heads or width // config.head_dim
+        self.kv_heads = config.num_kv_heads or self.heads
+        inner = self.heads * self.head_dim
+        self.norm = norm(config, width)
+        self.qkv = nn.Linear(width, inner + 2 * self.kv_heads * self.head_dim, bias=config.bias)
+        self.proj = nn.Linear(inner, width, bias=config.bias)
+        self.query_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.post_norm = RMSNorm(width) if config.post_norm else nn.Identity()
+
+    def forward(self, x_BTM: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        qkv = self.qkv(self.norm(x_BTM).to(self.qkv.weight.dtype)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_BHTD, k_BHTD, v_BHTD = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q_BHTD, k_BHTD = self.query_norm(q_BHTD), self.key_norm(k_BHTD)
+        if rotary is not None:
+            q_BHTD, k_BHTD = rotary.rotate(q_BHTD), rotary.rotate(k_BHTD)
+        mixed = attend(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2)
+        return self.post_norm(self.proj(mixed))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: FlowConfig, width: int):
+        super().__init__()
+        self.norm = norm(config, width)
+        self.gate = nn.Linear(width, 4 * width, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(width, 4 * width, bias=config.bias)
+        self.down = nn.Linear(4 * width, width, bias=config.bias)
+        self.post_norm = RMSNorm(width) if config.post_norm else nn.Identity()
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        x = self.norm(x_BTM).to(self.up.weight.dtype)
+        hidden = F.gelu(self.up(x)) if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * self.up(x)
+        return self.post_norm(self.down(hidden))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer. The residual stream is float32 also where the products run in bfloat16."""
+
+    def __init__(self, config: FlowConfig, width: int):
+        super().__init__()
+        self.attention = Attention(config, width)
+        self.mlp = MLP(config, width)
+
+    def forward(self, x_BTM: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        x_BTM = x_BTM + self.attention(x_BTM, rotary, attend)
+        return x_BTM + self.mlp(x_BTM)

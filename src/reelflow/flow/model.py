@@ -1,0 +1,115 @@
+"""STARFlow: shallow blocks inside each latent frame, one deep block over the whole video, and the map x ↔ z.
+
+Shapes: B batch, F latent frames, C latent channels, h × w places of a frame (S = h · w), L text tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reelflow.config import FlowConfig
+from reelflow.flow.affine import Affine
+from reelflow.flow.block import FlowBlock
+from reelflow.flow.denoiser import Denoiser
+from reelflow.flow.rope import Rotary, rotary, token_positions
+
+
+class FlowOutput(NamedTuple):
+    """Noise `z` and `log_det`, log|∂z/∂x| of every element summed over the blocks; both float32 (B, F, C, h, w)."""
+
+    z: Tensor
+    log_det: Tensor
+
+
+def to_tokens(x_BFChw: Tensor) -> Tensor:
+    """(B, F, C, h, w) → (B, F, S, C), places in raster order."""
+    return x_BFChw.flatten(3).transpose(2, 3)
+
+
+def from_tokens(x_BFSC: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `to_tokens`."""
+    return x_BFSC.transpose(2, 3).unflatten(3, (height, width))
+
+
+def order(x_BFSC: Tensor, block: FlowBlock) -> Tensor:
+    """Into the block's token order; its own inverse."""
+    return x_BFSC.flip(2) if block.reverse else x_BFSC
+
+
+class StarFlow(nn.Module):
+    """The invertible map between latents x and noise z (arXiv 2506.06276, 2511.20462).
+
+    Sampling runs `deep_block` first, then the shallow blocks from last to first; the forward map runs them the other
+    way round.
+    """
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config = config
+        last = len(config.layers) - 1
+        self.shallow_blocks = nn.ModuleList(
+            FlowBlock(config, config.width, layers, text=False, reverse=index % 2 == 0) for index, layers in enumerate(config.layers[:-1])
+        )
+        self.deep_block = FlowBlock(config, config.deep_width, config.layers[-1], text=config.text_dim > 0, reverse=last % 2 == 0)
+        self.denoiser = Denoiser(config) if config.denoiser else None
+
+    def rotary(self, frames: int, height: int, width: int, text: bool, device: torch.device) -> Rotary | None:
+        """Angles of `[text ‖ frames]`, or of the frames alone, for latents of that size; None with learned positions."""
+        config = self.config
+        if config.positions == "learned":
+            return None
+        third_axis = config.text_tokens > 0 or config.window > 1
+        places = token_positions(frames, height, width, config.position_span, config.text_tokens if text else 0)
+        return rotary(places.to(device), config.head_dim, third_axis, halves=config.positions == "rotary_half")
+
+    def affine(self, block: FlowBlock, x_BFSC: Tensor, size: tuple[int, int], text_BLE: Tensor | None) -> Affine:
+        """Parameters of one block for every token, in raster order, (B, F, S, C).
+
+        A shallow block sees each frame as a sequence of its own, the deep block text and frames together.
+        """
+        batch, frames, places, _ = x_BFSC.shape
+        deep = block is self.deep_block
+        tokens = order(x_BFSC, block).flatten(1, 2) if deep else order(x_BFSC, block).flatten(0, 1)
+        table = self.rotary(frames if deep else 1, *size, text=deep, device=tokens.device)
+        found = block.affine(tokens, table, text_BLE if deep else None)
+        return Affine(*(order(part.reshape(batch, frames, places, -1), block) for part in found))
+
+    def forward(self, x_BFChw: Tensor, text_BLE: Tensor | None = None) -> FlowOutput:
+        """Data → noise, with the log-determinant from the same call.
+
+        Args:
+            x_BFChw: latents (standardised, noise σ added), float32.
+            text_BLE: text states, needed by a model with text.
+        """
+        size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
+        z, log_det = to_tokens(x_BFChw).float(), torch.zeros((), device=x_BFChw.device)
+        for block in (*self.shallow_blocks, self.deep_block):
+            z, change = self.affine(block, z, size, text_BLE).forward(z)
+            log_det = log_det + change
+        return FlowOutput(from_tokens(z, *size), from_tokens(log_det, *size))
+
+    def to_deep(self, x_BFChw: Tensor) -> Tensor:
+        """Through the shallow blocks only: tokens (B, F, S, C) that the deep block models."""
+        size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
+        u = to_tokens(x_BFChw).float()
+        for block in self.shallow_blocks:
+            u, _ = self.affine(block, u, size, None).forward(u)
+        return u
+
+    def score(self, x_BFChw: Tensor, text_BLE: Tensor | None = None) -> Tensor:
+        """The denoiser's output on noisy latents, an estimate of σ²/0.3 · ∇_x(−log p); shape of `x_BFChw`."""
+        if self.denoiser is None:
+            raise ValueError("this model has no learned denoiser; use the Tweedie step")
+        frames, size = x_BFChw.shape[1], (x_BFChw.shape[-2], x_BFChw.shape[-1])
+        table = self.rotary(frames, *size, text=self.denoiser.proj_text is not None, device=x_BFChw.device)
+        return from_tokens(self.denoiser(to_tokens(x_BFChw), table, text_BLE), *size)
+
+    def set_precision(self, dtype: torch.dtype) -> StarFlow:
+        """Run the transformer layers' products in `dtype`; in and out projections, norms, residual and affine stay float32."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and ".layers." in f".{name}":
+                module.to(dtype)
+        return self

@@ -1,0 +1,62 @@
+"""Rotary positions over text, latent frame, row and column.
+
+Shapes: B batch, H heads, T tokens, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+THETA = 10_000.0
+TIME_FREQUENCIES = 8
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of every token's angles, float32 (T, D / 2), and which channels form a pair."""
+
+    cos: Tensor
+    sin: Tensor
+    halves: bool
+
+    def rows(self, start: int, count: int) -> Rotary:
+        """The part for tokens `start … start + count − 1`."""
+        return Rotary(self.cos[start : start + count], self.sin[start : start + count], self.halves)
+
+    def rotate(self, x_BHTD: Tensor) -> Tensor:
+        """Rotate every pair of channels by its angle, in float32; pairs are (2i, 2i + 1), or (i, i + D / 2) with `halves`."""
+        x = x_BHTD.float().unflatten(-1, (2, -1) if self.halves else (-1, 2))
+        pair = -2 if self.halves else -1
+        first, second = x.unbind(pair)
+        turned = torch.stack((first * self.cos - second * self.sin, first * self.sin + second * self.cos), pair)
+        return turned.flatten(-2).to(x_BHTD.dtype)
+
+
+def token_positions(frames: int, height: int, width: int, span: float, text_tokens: int = 0) -> Tensor:
+    """(row, column, third axis) of `[text ‖ video]` tokens, float32 (text_tokens + frames · height · width, 3).
+
+    Rows and columns are scaled so that a frame of any aspect spans about `span`; a text token sits at row = column = 0
+    and `i · span / L` on the third axis, which for the video is the latent frame's index.
+    """
+    unit = span / (height * width) ** 0.5
+    third, row, column = torch.meshgrid(
+        torch.arange(frames, dtype=torch.float32), torch.arange(height) * unit, torch.arange(width) * unit, indexing="ij"
+    )
+    video = torch.stack((row, column, third), -1).reshape(-1, 3)
+    text = torch.zeros(text_tokens, 3)
+    text[:, 2] = torch.arange(text_tokens) * span / max(text_tokens, 1)
+    return torch.cat((text, video))
+
+
+def rotary(positions_T3: Tensor, head_dim: int, third_axis: bool, halves: bool = False) -> Rotary:
+    """Angles `position · frequency`; `third_axis`: 8 frequencies of each head are kept for time and text."""
+    spatial = head_dim // 2 - (TIME_FREQUENCIES if third_axis else 0)
+    frequency = THETA ** (-torch.arange(0, spatial, 2, dtype=torch.float32) / spatial)
+    angles = [positions_T3[:, 0, None] * frequency, positions_T3[:, 1, None] * frequency]
+    if third_axis:
+        time = THETA ** (-torch.arange(TIME_FREQUENCIES, dtype=torch.float32) / TIME_FREQUENCIES)
+        angles.append(positions_T3[:, 2, None] * time)
+    angle = torch.cat(angles, -1)
+    return Rotary(angle.cos(), angle.sin(), halves)

@@ -1,0 +1,116 @@
+"""Noise → latents: the deep block frame by frame (beyond the trained length in windows), then the shallow blocks.
+
+Shapes: B batch, F latent frames, S places of a frame, C latent channels, L text tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reelflow.flow import StarFlow, from_tokens, order, to_tokens
+from reelflow.flow.block import FlowBlock
+from reelflow.sampling.conditioner import Conditioner
+from reelflow.sampling.schedules import Progress, Report, Schedule
+
+
+def invert(
+    block: FlowBlock, model: StarFlow, z_BFSC: Tensor, size: tuple[int, int], schedule: Schedule, progress: Progress,
+    text_BLE: Tensor | None = None, guidance: float = 0.0, given_BFSC: Tensor | None = None,
+) -> tuple[Tensor, Report]:  # fmt: skip
+    """Invert one block over the frames of `z_BFSC`, one sequence a batch row; the first frames may be `given`.
+
+    Returns the tokens in raster order, (B, F, S, C), and the schedule's report.
+    """
+    batch, frames, places, channels = z_BFSC.shape
+    deep = block is model.deep_block
+    table = model.rotary(frames, *size, text=deep, device=z_BFSC.device)
+    conditioner = Conditioner(block, table, batch, frames * places, text_BLE if deep else None, guidance)
+    stream = z_BFSC.new_zeros(batch, 1 + frames * places, channels)
+    if block.sos is not None:
+        stream[:, 0] = block.sos
+    known = 0
+    if given_BFSC is not None:
+        known = given_BFSC.shape[1] * places
+        stream[:, 1 : 1 + known] = order(given_BFSC, block).flatten(1, 2)
+    report = schedule.solve(conditioner, stream, order(z_BFSC, block).flatten(1, 2), known, places, progress)
+    return order(stream[:, 1:].unflatten(1, (frames, places)), block), report
+
+
+def sample_deep(
+    model: StarFlow, z_BFSC: Tensor, size: tuple[int, int], schedule: Schedule, progress: Progress,
+    text_BLE: Tensor | None, guidance: float, prefix_BFSC: Tensor | None, window: int, context: int,
+) -> tuple[Tensor, Report]:  # fmt: skip
+    """The deep block over any number of frames. Beyond the trained window: text and the last `context` frames are read
+    again from position 0, and the next `window − context` frames sampled after them.
+    """
+    frames = z_BFSC.shape[1]
+    done = prefix_BFSC if prefix_BFSC is not None else z_BFSC[:, :0]
+    report = Report()
+    while done.shape[1] < frames:
+        start = 0 if done.shape[1] < window else done.shape[1] - context
+        given = done[:, start:]
+        part, passes = invert(
+            model.deep_block, model, z_BFSC[:, start : start + window], size, schedule, progress, text_BLE, guidance, given
+        )
+        done = torch.cat((done, part[:, given.shape[1] :]), 1)
+        report.add(passes)
+    return done, report
+
+
+def sample(
+    model: StarFlow, noise_BFChw: Tensor, text_BLE: Tensor | None = None, guidance: float = 0.0, prefix_BFChw: Tensor | None = None,
+    window: int | None = None, context: int | None = None, schedule: Schedule = Schedule(), progress: Progress = lambda tokens: None,
+) -> tuple[Tensor, dict[str, Report]]:  # fmt: skip
+    """Latents from noise: the inverse of `StarFlow.forward`.
+
+    Args:
+        noise_BFChw: standard normal noise for all frames, those of the prefix included (its values there are not used).
+        text_BLE: text states; with guidance the conditional ones first, then as many unconditional ones.
+        guidance: weight w ≥ 0 of the deep block's guidance; 0 runs the conditional branch only.
+        prefix_BFChw: latents of given first frames, noise σ already added; returned unchanged.
+        window: frames the deep block sees together, by default the trained length.
+        context: frames read again when sampling beyond the model's window, 1 … window − 1; by default 3/4 of the window.
+        progress: called with the number of tokens finished.
+
+    Returns:
+        Latents (B, F, C, h, w) and a report per block kind, "deep" and "shallow".
+
+    Raises:
+        ValueError: guidance that is negative or not finite, a context or prefix outside its range.
+    """
+    frames = noise_BFChw.shape[1]
+    size = (noise_BFChw.shape[-2], noise_BFChw.shape[-1])
+    window = window or model.config.window
+    context = default_context(window) if context is None else context
+    prefix = 0 if prefix_BFChw is None else prefix_BFChw.shape[1]
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance {guidance} is not usable; give a number ≥ 0 (0 switches it off)")
+    if frames > window and not 1 <= context < window:
+        raise ValueError(f"context of {context} frames does not fit the window of {window}; give 1 … {window - 1}")
+    if prefix and prefix >= frames:
+        raise ValueError(f"{prefix} of {frames} latent frames are given; nothing is left to sample")
+    with torch.no_grad():
+        u_prefix = model.to_deep(prefix_BFChw) if prefix_BFChw is not None else None
+        u, deep = sample_deep(model, to_tokens(noise_BFChw).float(), size, schedule, progress, text_BLE, guidance, u_prefix, window, context)
+        x, shallow = sample_shallow(model, u[:, prefix:], size, schedule, progress)
+        latents = from_tokens(x, *size)
+        if prefix_BFChw is not None:
+            latents = torch.cat((prefix_BFChw.float(), latents), 1)
+    return latents, {"deep": deep, "shallow": shallow}
+
+
+def sample_shallow(model: StarFlow, u_BFSC: Tensor, size: tuple[int, int], schedule: Schedule, progress: Progress) -> tuple[Tensor, Report]:
+    """The shallow blocks from last to first; every frame is a sequence of its own."""
+    batch, frames = u_BFSC.shape[:2]
+    report = Report()
+    x = u_BFSC.flatten(0, 1).unsqueeze(1)
+    for block in reversed(model.shallow_blocks):
+        x, passes = invert(block, model, x, size, schedule, progress)
+        report.add(passes)
+    return x.unflatten(0, (batch, frames)).squeeze(2), report
+
+
+def default_context(window: int) -> int:
+    """Frames read again beyond the window: 16 of 21 in the reference, the same share elsewhere; 1 … window − 1."""
+    return max(1, min(window - 1, round(window * 16 / 21)))
