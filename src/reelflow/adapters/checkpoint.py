@@ -93,7 +93,7 @@ def read_weights(source: str | Path, stem: str = "model") -> MappedWeights:
     held = {name: path for path in sorted(set(files.values())) for name in _names(path)}
     if held != files:
         wrong = sorted(name for name in held.keys() | files.keys() if held.get(name) != files.get(name))
-        raise ValueError(f"{index}: disagrees with its shards about {len(wrong)} tensors ({_few(wrong)})")
+        raise ValueError(f"{index}: disagrees with its shards about {len(wrong)} tensors ({few(wrong)})")
     return MappedWeights(files, str(source))
 
 
@@ -116,11 +116,12 @@ def read_pickle(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
     odd = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if odd:
-        raise ValueError(f"{path}: not a flat dictionary of tensors; {len(odd)} entries are something else ({_few(odd)})")
+        raise ValueError(f"{path}: not a flat dictionary of tensors; {len(odd)} entries are something else ({few(odd)})")
     return dict(state)
 
 
-def _few(names: list[str], most: int = 3) -> str:
+def few(names: list[str], most: int = 3) -> str:
+    """The first few names, for a message in one line."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
@@ -138,7 +139,7 @@ def require_match(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, t
         if name in given and tuple(given[name]) != tuple(shape)
     ]
     problems = [
-        f"{len(names)} {what} ({_few(names)})" for what, names in (("missing", missing), ("extra", extra), ("misshaped", wrong)) if names
+        f"{len(names)} {what} ({few(names)})" for what, names in (("missing", missing), ("extra", extra), ("misshaped", wrong)) if names
     ]
     if problems:
         raise ValueError(f"{source}: the weights do not fit the configuration: {'; '.join(problems)}")
@@ -190,7 +191,7 @@ def require_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError naming the tensors that hold NaN or infinity."""
     bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
-        raise ValueError(f"{source}: {len(bad)} tensors hold NaN or infinity ({_few(bad)}); the checkpoint is damaged")
+        raise ValueError(f"{source}: {len(bad)} tensors hold NaN or infinity ({few(bad)}); the checkpoint is damaged")
 
 
 def save_weights(state: Mapping[str, Tensor], folder: str | Path, max_shard_bytes: int = SHARD_BYTES, stem: str = "model") -> None:
