@@ -82,6 +82,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
+class Projection(nn.Linear):
+    """In and out projections: float32 also under autocast, for rounding here moves the flow's values themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def norm(config: FlowConfig, width: int) -> nn.Module:
     return RMSNorm(width) if config.norm == "rms" else nn.LayerNorm(width, eps=1e-5)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reelflow.config import FlowConfig
 from reelflow.flow.affine import Affine, parameters
-from reelflow.flow.attention import Attend, Layer, RMSNorm, causal
+from reelflow.flow.attention import Attend, Layer, Projection, RMSNorm, causal
 from reelflow.flow.rope import Rotary
 
 
@@ -25,12 +25,12 @@ class FlowBlock(nn.Module):
         super().__init__()
         self.config = config
         self.reverse = reverse
-        self.proj_in = nn.Linear(config.channels, width)
-        self.proj_out = nn.Linear(width, 2 * config.channels)
+        self.proj_in = Projection(config.channels, width)
+        self.proj_out = Projection(width, 2 * config.channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
         self.sos = nn.Parameter(torch.randn(config.channels)) if config.sos else None
-        self.proj_text = nn.Linear(config.text_dim, width) if text else None
+        self.proj_text = Projection(config.text_dim, width) if text else None
         self.pos_embed = nn.Parameter(torch.randn(config.learned_places, width) * 1e-2) if config.learned_places else None
         self.layers = nn.ModuleList(Layer(config, width) for _ in range(layers))
         self.final_norm = RMSNorm(width)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reelflow.config import FlowConfig
-from reelflow.flow.attention import Layer, RMSNorm, frame_window
+from reelflow.flow.attention import Layer, Projection, RMSNorm, frame_window
 from reelflow.flow.rope import Rotary
 
 
@@ -21,11 +21,11 @@ class Denoiser(nn.Module):
         assert config.denoiser is not None
         self.config = config.denoiser
         width = self.config.width
-        self.proj_in = nn.Linear(config.channels, width)
-        self.proj_out = nn.Linear(width, config.channels)
+        self.proj_in = Projection(config.channels, width)
+        self.proj_out = Projection(width, config.channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
-        self.proj_text = nn.Linear(config.text_dim, width) if config.text_dim and self.config.text else None
+        self.proj_text = Projection(config.text_dim, width) if config.text_dim and self.config.text else None
         self.layers = nn.ModuleList(Layer(config, width) for _ in range(self.config.layers))
         self.final_norm = RMSNorm(width)
 

@@ -15,23 +15,21 @@ TIME_FREQUENCIES = 8
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of every token's angles, float32 (T, D / 2), and which channels form a pair."""
+    """Every token's rotations as unit complex numbers (T, D / 2), and which channels form a pair."""
 
-    cos: Tensor
-    sin: Tensor
+    turn: Tensor
     halves: bool
 
     def rows(self, start: int, count: int) -> Rotary:
         """The part for tokens `start … start + count − 1`."""
-        return Rotary(self.cos[start : start + count], self.sin[start : start + count], self.halves)
+        return Rotary(self.turn[start : start + count], self.halves)
 
     def rotate(self, x_BHTD: Tensor) -> Tensor:
         """Rotate every pair of channels by its angle, in float32; pairs are (2i, 2i + 1), or (i, i + D / 2) with `halves`."""
-        x = x_BHTD.float().unflatten(-1, (2, -1) if self.halves else (-1, 2))
-        pair = -2 if self.halves else -1
-        first, second = x.unbind(pair)
-        turned = torch.stack((first * self.cos - second * self.sin, first * self.sin + second * self.cos), pair)
-        return turned.flatten(-2).to(x_BHTD.dtype)
+        x = x_BHTD.float()
+        pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if self.halves else x.unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * self.turn)
+        return (turned.transpose(-1, -2) if self.halves else turned).flatten(-2).to(x_BHTD.dtype)
 
 
 def token_positions(frames: int, height: int, width: int, span: float, text_tokens: int = 0) -> Tensor:
@@ -59,4 +57,4 @@ def rotary(positions_T3: Tensor, head_dim: int, third_axis: bool, halves: bool =
         time = THETA ** (-torch.arange(TIME_FREQUENCIES, dtype=torch.float32) / TIME_FREQUENCIES)
         angles.append(positions_T3[:, 2, None] * time)
     angle = torch.cat(angles, -1)
-    return Rotary(angle.cos(), angle.sin(), halves)
+    return Rotary(torch.polar(torch.ones_like(angle), angle), halves)
