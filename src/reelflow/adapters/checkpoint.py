@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-SHARD_BYTES = 4_000_000_000
+SHARD_BYTES = 1_000_000_000
 """Default size of one safetensors file."""
 
 
@@ -189,7 +189,7 @@ def load_into(
 
 def require_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError naming the tensors that hold NaN or infinity."""
-    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all()]
     if bad:
         raise ValueError(f"{source}: {len(bad)} tensors hold NaN or infinity ({few(bad)}); the checkpoint is damaged")
 
@@ -227,7 +227,7 @@ def write_shards(
     done, total = 0, sum(sizes.values())
     for file, names in zip(files, shards, strict=True):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in read(names).items()}
-        with _written(folder / file) as partial:
+        with written(folder / file) as partial:
             save_file(tensors, partial, {"format": "pt"})
         del tensors
         done += sum(sizes[name] for name in names)
@@ -236,7 +236,7 @@ def write_shards(
     index = folder / f"{stem}.safetensors.index.json"
     if len(shards) > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        with _written(index) as partial:
+        with written(index) as partial:
             partial.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1), encoding="utf-8")
         files.append(index.name)
     for old in [*folder.glob(f"{stem}-*-of-*.safetensors"), folder / f"{stem}.safetensors", index]:
@@ -258,7 +258,7 @@ def _plan(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
+def written(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed to it when the block succeeds. Raises ValueError where writing fails."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -51,7 +51,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if name in packaged():
         return PACKAGED / name
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
         return fetch(name)

@@ -105,7 +105,7 @@ def flow_config_from_constructor(
     """
     values = _Constructor.parse(dict(arguments), source)
     for key, reason in values.refused(video=window > 1 or values.temporal_causal > 0):
-        raise ValueError(f"{source}: {key} = {getattr(values, key)!r}: {reason}")
+        raise ValueError(f"{source}: {key} = {arguments.get(key, getattr(values, key))!r}: {reason}")
     layers = values.layers_per_block * values.num_blocks if len(values.layers_per_block) == 1 else values.layers_per_block
     denoiser = {
         "width": values.channels,
@@ -239,7 +239,7 @@ def _video_size(value: Any, source: str) -> tuple[int, float]:
         return 1, 16.0
     match = re.fullmatch(r"(\d+):(\d+)(:\d+)*", str(value))
     if not match or int(match[1]) % 4 != 1:
-        raise ValueError(f"{source}: vid_size = {value!r}: expected FRAMES:FPS with 1 + 4k frames, for example 81:16")
+        raise ValueError(f"{source}: vid_size = {value!r}: expected 'FRAMES:FPS' in quotes with 1 + 4k frames, for example '81:16'")
     return int(match[1]), float(match[2])
 
 

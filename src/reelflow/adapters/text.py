@@ -62,13 +62,17 @@ class TextEncoder:
         """D."""
         return int(self.model.config.d_model)
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> TextStates:
-        """Last hidden states × attention mask, padded to L, and what was cut. Prompts are taken as they are: wrap them first."""
+    def states(self, prompts: list[str]) -> Tensor:
+        """Last hidden states × attention mask, padded to L: float32 (B, L, D). Prompts are taken as they are: wrap them first."""
         device = next(self.model.parameters()).device
         batch = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt").to(device)
         states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        return TextStates(states.float() * batch["attention_mask"][..., None], tuple(map(self._cut, prompts)))
+        return states.float() * batch["attention_mask"][..., None]
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextStates:
+        """`states` without gradient, and what was cut."""
+        return TextStates(self.states(prompts), tuple(map(self._cut, prompts)))
 
     def _cut(self, prompt: str) -> str:
         """The end of a prompt that truncation drops (the tokenizer keeps the first L − 1 tokens and the end token)."""
