@@ -149,6 +149,9 @@ class ModelConfig(Strict):
     tasks: tuple[Literal["generate", "animate", "edit", "extend"], ...] = ("generate", "animate", "extend")
     """What it was trained for; likelihood and inversion work for every flow."""
     prompt: PromptConfig = PromptConfig()
+    later_windows: Literal["same", "extend"] = "same"
+    """What the deep block reads in windows beyond the trained length: the same text (published), or the prompt with the
+    prefix `(extend) `, as clips without their first latent frame had it in training."""
     parts: dict[str, str] = Field(default_factory=dict)
     """Where parts missing from the folder come from: `vae`, `text_encoder`, `tokenizer` → Hugging Face id, with
     `:subfolder` where the part is not at its root."""

@@ -39,7 +39,7 @@ def invert(
 
 def sample_deep(
     model: StarFlow, z_BFSC: Tensor, size: tuple[int, int], schedule: Schedule, progress: Progress,
-    text_BLE: Tensor | None, guidance: float, prefix_BFSC: Tensor | None, window: int, context: int,
+    text_BLE: Tensor | None, later_BLE: Tensor | None, guidance: float, prefix_BFSC: Tensor | None, window: int, context: int,
 ) -> tuple[Tensor, Report]:  # fmt: skip
     """The deep block over any number of frames. Beyond the trained window: text and the last `context` frames are read
     again from position 0, and the next `window − context` frames sampled after them.
@@ -49,10 +49,9 @@ def sample_deep(
     report = Report()
     while done.shape[1] < frames:
         start = 0 if done.shape[1] < window else done.shape[1] - context
-        given = done[:, start:]
-        part, passes = invert(
-            model.deep_block, model, z_BFSC[:, start : start + window], size, schedule, progress, text_BLE, guidance, given
-        )
+        given, noise = done[:, start:], z_BFSC[:, start : start + window]
+        text = later_BLE if start and later_BLE is not None else text_BLE
+        part, passes = invert(model.deep_block, model, noise, size, schedule, progress, text, guidance, given)
         done = torch.cat((done, part[:, given.shape[1] :]), 1)
         report.add(passes)
     return done, report
@@ -60,7 +59,8 @@ def sample_deep(
 
 def sample(
     model: StarFlow, noise_BFChw: Tensor, text_BLE: Tensor | None = None, guidance: float = 0.0, prefix_BFChw: Tensor | None = None,
-    window: int | None = None, context: int | None = None, schedule: Schedule = Schedule(), progress: Progress = lambda tokens: None,
+    window: int | None = None, context: int | None = None, later_BLE: Tensor | None = None,
+    schedule: Schedule | None = None, progress: Progress = lambda tokens: None,
 ) -> tuple[Tensor, dict[str, Report]]:  # fmt: skip
     """Latents from noise: the inverse of `StarFlow.forward`.
 
@@ -71,6 +71,8 @@ def sample(
         prefix_BFChw: latents of given first frames, noise σ already added; returned unchanged.
         window: frames the deep block sees together, by default the trained length.
         context: frames read again when sampling beyond the model's window, 1 … window − 1; by default 3/4 of the window.
+        later_BLE: text states for the windows after the first; by default the same text.
+        schedule: how each block is inverted.
         progress: called with the number of tokens finished.
 
     Returns:
@@ -90,9 +92,11 @@ def sample(
         raise ValueError(f"context of {context} frames does not fit the window of {window}; give 1 … {window - 1}")
     if prefix and prefix >= frames:
         raise ValueError(f"{prefix} of {frames} latent frames are given; nothing is left to sample")
+    schedule = schedule or Schedule()
     with torch.no_grad():
         u_prefix = model.to_deep(prefix_BFChw) if prefix_BFChw is not None else None
-        u, deep = sample_deep(model, to_tokens(noise_BFChw).float(), size, schedule, progress, text_BLE, guidance, u_prefix, window, context)
+        z = to_tokens(noise_BFChw).float()
+        u, deep = sample_deep(model, z, size, schedule, progress, text_BLE, later_BLE, guidance, u_prefix, window, context)
         x, shallow = sample_shallow(model, u[:, prefix:], size, schedule, progress)
         latents = from_tokens(x, *size)
         if prefix_BFChw is not None:

@@ -100,7 +100,7 @@ def jacobi(
     starts behind them. A place that enters the window is guessed from the place one frame back with its own noise,
     shift + scale · z; in the first frame from the noise alone.
     """
-    batch, places, channels = z_BTC.shape
+    places = z_BTC.shape[1]
     report = Report()
     shift, scale = torch.zeros_like(z_BTC), torch.ones_like(z_BTC)
     s, entered = known, known

@@ -1,0 +1,195 @@
+"""The contract of every family: the same calls, the same results; what a family cannot do it says, naming the one that can."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import reelflow
+from reelflow.adapters.checkpoint import read_weights, written
+from reelflow.clip import Clip, heat_map
+from reelflow.config import ModelConfig
+from reelflow.media.picture import picture_rgb
+
+Device = str | torch.device
+Precision = Literal["float32", "bfloat16"]
+Picture = str | Path | Image.Image | np.ndarray | Clip
+Progress = Callable[[str, float], None]
+"""Called with the phase and the share of it that is done, 0 … 1."""
+
+
+def silent(phase: str, share: float) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact log-likelihood of a clip under a flow.
+
+    The density is that of the model's input (see `reelflow.likelihood`): standardised latents of the clip's frames with
+    noise of standard deviation `noise_std` from `seed` added, given the prompt.
+    """
+
+    log_prob: float
+    """Nats."""
+    bits_per_dim: float
+    per_frame: list[float]
+    """Nats of each latent frame, given those before it."""
+    map: np.ndarray
+    """Nats of each latent place, float32 (latent frames, h, w)."""
+    noise_std: float
+    seed: int
+    dims: int
+    clip: Clip = field(repr=False)
+    """The frames that were scored, at the model's rate and size."""
+
+    def heat_map(self) -> Clip:
+        """Where and when the clip is improbable: bits per latent value beside the source; bright is surprising."""
+        latent_frames = len(self.map)
+        step = max(1, (len(self.clip) - 1) // max(1, latent_frames - 1))
+        index = [0] + [1 + (frame - 1) // step for frame in range(1, len(self.clip))]
+        return heat_map(-self.map[np.clip(index, 0, latent_frames - 1)], self.clip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, without the frames."""
+        values = {key: value for key, value in vars(self).items() if key != "clip"}
+        return values | {"map": np.round(self.map, 3).tolist()}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A clip as the flow's noise, with what is needed to decode it.
+
+    z: float32 (latent frames, channels, h, w). seed: of the data noise that was added; decoding takes the same noise away
+    again, so that the latents come back exactly. Set it to None in an edited encoding to have its noise removed by the
+    denoiser instead.
+    """
+
+    z: Tensor
+    prompt: str
+    fps: float
+    seed: int | None
+    model: str
+    revision: str
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors."""
+        from safetensors.torch import save_file
+
+        about = {key: value for key, value in asdict(self).items() if key != "z"}
+        with written(Path(path)) as temporary:
+            save_file({"z": self.z.contiguous()}, temporary, metadata={"reelflow": json.dumps(about)})
+
+    @classmethod
+    def open(cls, path: str | Path) -> Encoding:
+        """Read. Raises ValueError where the file is none of `save`'s."""
+        from safetensors import safe_open
+
+        weights = read_weights(path)
+        with safe_open(str(path), "pt") as file:
+            about = json.loads((file.metadata() or {}).get("reelflow", "null"))
+        if about is None or list(weights) != ["z"]:
+            raise ValueError(f"{path}: not an encoding; make one with: reelflow encode VIDEO -o z.safetensors")
+        return cls(z=weights["z"], **about)
+
+
+class Pipeline:
+    """One loaded model. Frames come and go as `Clip`s; a seed means the same clip on every device."""
+
+    tasks: ClassVar[dict[str, str]] = {
+        "generate": "starflow-v", "animate": "starflow-v", "edit": "starflow-v", "extend": "starflow-v",
+        "score": "starflow-v", "encode": "starflow-v", "decode": "starflow-v",
+    }  # fmt: skip
+    """Task → a family that can do it."""
+
+    about: ModelConfig
+
+    def generate(self, prompt: str, **options: Any) -> Clip:
+        """Text → video."""
+        raise self.cannot("generate")
+
+    def animate(self, image: Picture, prompt: str = "", **options: Any) -> Clip:
+        """Picture (and text) → video that begins with it."""
+        raise self.cannot("animate")
+
+    def edit(self, clip: Clip, prompt: str, **options: Any) -> Clip:
+        """Video and instruction → video of the same length."""
+        raise self.cannot("edit")
+
+    def extend(self, clip: Clip, prompt: str = "", *, seconds: float, **options: Any) -> Clip:
+        """Continue a video to `seconds` in all."""
+        raise self.cannot("extend")
+
+    def score(self, clip: Clip, prompt: str = "", **options: Any) -> Score:
+        """Exact likelihood."""
+        raise self.cannot("score")
+
+    def encode(self, clip: Clip, prompt: str = "", **options: Any) -> Encoding:
+        """Video → noise."""
+        raise self.cannot("encode")
+
+    def decode(self, encoding: Encoding, **options: Any) -> Clip:
+        """Noise → video."""
+        raise self.cannot("decode")
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[Clip]:
+        """`generate` in pieces, as they are finished."""
+        raise self.cannot("generate")
+
+    def cannot(self, task: str) -> ValueError:
+        return ValueError(f"{self.about.name} ({self.about.family}) does not {task}; use a {self.tasks[task]} model")
+
+    def require(self, task: str) -> None:
+        """Raise ValueError where the model was not trained for `task`."""
+        if task not in self.about.tasks:
+            raise ValueError(f"{self.about.name} was not trained to {task} (it can: {', '.join(self.about.tasks)}); use another model")
+
+    def made(self, task: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:
+        """Metadata of a result: how it was made, and that it is AI-generated."""
+        about = self.about
+        return {
+            "ai_generated": True, "software": "reelflow", "version": reelflow.__version__, "model": about.name, "revision": about.revision,
+            "family": about.family, "licence": about.licence, "task": task, "prompt": prompt, "seed": seed, "settings": settings,
+        }  # fmt: skip
+
+
+def new_seed(seed: int | None) -> int:
+    """The seed, or a random one. Raises ValueError outside 0 … 2^63 − 1."""
+    if seed is None:
+        return secrets.randbelow(2**31)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} is not usable; give a whole number from 0 to 2^63 − 1")
+    return seed
+
+
+def picture(source: Picture) -> Clip:
+    """The first frame of whatever shows a picture: a path, a PIL image (any mode), an array (H, W, 3) uint8, a clip."""
+    if isinstance(source, Clip):
+        return source[:1]
+    if isinstance(source, str | Path):
+        return Clip.open(source, max_frames=1)
+    if isinstance(source, Image.Image):
+        source = picture_rgb(source)
+    return Clip(source[None], 16)
+
+
+def say(message: str) -> None:
+    """Tell the user of something done to the input (the command line prints it as one line)."""
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} {value} is not usable; give a number above 0")
+    return value

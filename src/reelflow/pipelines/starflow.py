@@ -1,0 +1,388 @@
+"""STARFlow and STARFlow-V: prompt → noise → deep block → shallow blocks → denoiser → decoder → clip.
+
+Shapes: B clips, F latent frames, C channels, h × w places, L text tokens, E text channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reelflow.adapters.text import TextEncoder, load_text_encoder, wrap_prompt
+from reelflow.adapters.vae import Codec, load_codec
+from reelflow.clip import Clip
+from reelflow.config import FlowConfig, ModelConfig
+from reelflow.denoise import denoise
+from reelflow.flow import StarFlow
+from reelflow.likelihood import LogProb, add_noise, log_prob
+from reelflow.pipelines.base import (
+    Device,
+    Encoding,
+    Picture,
+    Pipeline,
+    Precision,
+    Progress,
+    Score,
+    new_seed,
+    picture,
+    positive,
+    say,
+    silent,
+)
+from reelflow.sampling import Report, Schedule, default_context, sample
+
+ASPECTS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
+SMALLEST = 16
+"""Pixels: a side shorter than this shows nothing a model could continue."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a clip is sampled; common to all tasks.
+
+    guidance: weight w ≥ 0 of the prompt, None for the model's own default.  denoise: take the data noise away at the end.
+    context: latent frames read again beyond the trained length.
+    """
+
+    guidance: float | None = None
+    schedule: Schedule = Schedule()
+    denoise: bool = True
+    context: int | None = None
+
+
+class StarFlowPipeline(Pipeline):
+    """A flow with its video codec and text encoder."""
+
+    def __init__(self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None):
+        self.about, self.flow, self.codec, self.text = about, flow.eval().requires_grad_(False), codec, text
+
+    @property
+    def device(self) -> torch.device:
+        return self.flow.deep_block.proj_in.weight.device
+
+    def generate(
+        self, prompt: str, *, seed: int | None = None, seconds: float | None = None, frames: int | None = None, aspect: str = "1:1",
+        sampling: Sampling = Sampling(), progress: Progress = silent,
+    ) -> Clip:  # fmt: skip
+        """Text → video.
+
+        Args:
+            prompt: what to show; not empty.
+            seed: 0 … 2^63 − 1; random if absent, always in the metadata.
+            seconds, frames: length; frames must be one the codec takes (1 + 4k). By default the trained length.
+            aspect: width:height, one of `ASPECTS` (models of one aspect: 1:1).
+
+        Raises:
+            ValueError: an empty prompt or a setting that is not usable, with what would be.
+
+        Example:
+            >>> import reelflow
+            >>> clip = reelflow.load("mini").generate("a red ball moves right", seed=0, frames=5)
+            >>> clip.frames.shape
+            (5, 128, 128, 3)
+        """
+        self.require("generate")
+        return self.generate_batch([prompt], [new_seed(seed)], seconds, frames, aspect, sampling, progress)[0]
+
+    def generate_batch(
+        self, prompts: list[str], seeds: list[int], seconds: float | None = None, frames: int | None = None, aspect: str = "1:1",
+        sampling: Sampling = Sampling(), progress: Progress = silent,
+    ) -> list[Clip]:  # fmt: skip
+        """Several prompts at once, each with its seed; a clip does not depend on the others of its batch."""
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("the prompt is empty; say what the video should show")
+        length = self._length(seconds, frames)
+        shape = self.codec.latent_shape(length, *self.frame_size(aspect))
+        noise = torch.stack([self._noise(seed, shape) for seed in seeds])
+        latents, used = self._sample(prompts, noise, None, sampling, progress, aspect=aspect)
+        pixels = self._decode(latents, progress)
+        return [
+            self._clip(pixels[i], "generate", prompts[i], seeds[i], used, frames=length, aspect=aspect) for i in range(len(prompts))
+        ]
+
+    def animate(
+        self, image: Picture, prompt: str = "", *, seed: int | None = None, seconds: float | None = None, frames: int | None = None,
+        sampling: Sampling = Sampling(), progress: Progress = silent,
+    ) -> Clip:  # fmt: skip
+        """Picture (and text) → video that begins with it. The picture is centre-cropped to the nearest aspect of the model."""
+        self.require("animate")
+        seed, length = new_seed(seed), self._length(seconds, frames)
+        first, aspect = self._fit(picture(image))
+        shape = self.codec.latent_shape(length, first.height, first.width)
+        given = self._latents(first)
+        latents, used = self._sample([prompt], self._noise(seed, shape)[None], given, sampling, progress, seed=seed, aspect=aspect)
+        return self._clip(self._decode(latents, progress)[0], "animate", prompt, seed, used, frames=length)
+
+    def edit(
+        self, clip: Clip, prompt: str, *, seed: int | None = None, sampling: Sampling = Sampling(),
+        progress: Progress = silent,
+    ) -> Clip:  # fmt: skip
+        """Video and instruction → video of the same length (at most the trained one; the rest is left out, and said so)."""
+        self.require("edit")
+        if not prompt.strip():
+            raise ValueError("the instruction is empty; say what should change")
+        seed = new_seed(seed)
+        source, aspect = self._source(clip, self.about.frames)
+        given = self._latents(source)
+        noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, given.shape[1:2] + given.shape[3:])))[None]
+        both, used = self._sample(
+            [prompt], noise, given, sampling, progress, seed=seed, aspect=aspect, task="(v2v) ", window=2 * given.shape[1]
+        )
+        pixels = self._decode(both[:, given.shape[1] :], progress)
+        return self._clip(pixels[0], "edit", prompt, seed, used, frames=len(source))
+
+    def extend(
+        self, clip: Clip, prompt: str = "", *, seconds: float, seed: int | None = None, sampling: Sampling = Sampling(),
+        progress: Progress = silent,
+    ) -> Clip:  # fmt: skip
+        """Continue a video to `seconds` in all. Its own frames are kept as they are (cropped and resampled to the model's
+        size and rate); the model reads as many of the last ones as its context holds.
+        """
+        self.require("extend")
+        seed = new_seed(seed)
+        step = self.codec.temporal_factor
+        source, aspect = self._source(clip, None)
+        wanted = round(positive("seconds", seconds) * self.about.fps)
+        if wanted <= len(source):
+            raise ValueError(f"the video is {source.seconds:.2f} s long already; give more than that for --seconds")
+        context = sampling.context or default_context(self.flow.config.window)
+        read = 1 + step * min(context - 1, (len(source) - 1) // step)
+        given = self._latents(source[len(source) - read :])
+        shape = (given.shape[1] + ceil((wanted - len(source)) / step), *given.shape[3:])
+        latents, used = self._sample([prompt], self._noise(seed, shape)[None], given, sampling, progress, seed=seed, aspect=aspect)
+        new = self._decode(latents, progress)[0, read:]
+        pixels = np.concatenate((source.frames, new))
+        return self._clip(pixels, "extend", prompt, seed, used, frames=len(pixels), source_frames=len(source))
+
+    def score(
+        self, clip: Clip, prompt: str = "", *, seed: int = 0, progress: Progress = silent,
+    ) -> Score:  # fmt: skip
+        """Exact log-likelihood of a clip given a prompt (empty: the unconditional one). See `Score` for the density.
+
+        Beyond the trained length the density is that of the windowed model: every window reads its context again.
+        """
+        source, aspect = self._source(clip, None)
+        x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
+        states = self._states([prompt], aspect, image=len(source) == 1)
+        later = self._later([prompt], aspect)
+        window, frames = self.flow.config.window, x.shape[1]
+        context, parts, start, skip = default_context(window), [], 0, 0
+        with torch.no_grad():
+            while start + skip < frames:
+                text = later if start and later is not None else states
+                found = log_prob(self.flow, x[:, start : start + window].to(self.device), text)
+                parts.append(found.map[:, skip:].cpu())
+                start, skip = start + window - context, context
+                progress("scoring", min(1.0, (start + skip) / frames))
+        total = LogProb(torch.cat(parts, 1), x.shape[2])
+        return Score(
+            log_prob=float(total.total), bits_per_dim=float(total.bits_per_dim), per_frame=total.per_frame[0].tolist(),
+            map=total.map[0].numpy(), noise_std=self.flow.config.noise_std, seed=seed, dims=x.numel(), clip=source,
+        )  # fmt: skip
+
+    def encode(self, clip: Clip, prompt: str = "", *, seed: int = 0, progress: Progress = silent) -> Encoding:
+        """Video → noise: the exact inverse of decoding, with data noise from `seed` so that z is standard normal where the
+        model fits. At most the trained length.
+        """
+        source, aspect = self._source(clip, self.about.frames)
+        x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
+        with torch.no_grad():
+            z = self.flow(x.to(self.device), self._states([prompt], aspect, image=len(source) == 1)).z
+        progress("encoding", 1.0)
+        return Encoding(z[0].cpu(), prompt, source.fps, seed, self.about.name, self.about.revision)
+
+    def decode(self, encoding: Encoding, *, sampling: Sampling = Sampling(), progress: Progress = silent) -> Clip:
+        """Noise → video. The encoding's own data noise is taken away again, or, if it has none, denoised."""
+        z = encoding.z
+        if (encoding.model, encoding.revision) != (self.about.name, self.about.revision):
+            made, own = f"{encoding.model} revision {encoding.revision}", f"{self.about.name} revision {self.about.revision}"
+            raise ValueError(f"encoded with {made}, this is {own}; decode with the model it was made with")
+        if z.ndim != 4 or z.shape[1] != self.flow.config.channels or not torch.isfinite(z).all():
+            raise ValueError(f"z is {tuple(z.shape)}: expected finite (latent frames, {self.flow.config.channels}, h, w)")
+        used = replace(sampling, guidance=0.0, denoise=encoding.seed is None)
+        latents, report = self._sample([encoding.prompt], z[None], None, used, progress, aspect=self._aspect(*z.shape[2:]))
+        if encoding.seed is not None:
+            noise = torch.Generator().manual_seed(encoding.seed)
+            latents = add_noise(latents.cpu(), -self.flow.config.noise_std, noise)
+        return self._clip(self._decode(latents, progress)[0], "decode", encoding.prompt, encoding.seed, report)
+
+    def stream(
+        self, prompt: str, *, seed: int | None = None, seconds: float | None = None, frames: int | None = None, aspect: str = "1:1",
+        sampling: Sampling = Sampling(), progress: Progress = silent,
+    ) -> Iterator[Clip]:  # fmt: skip
+        """`generate` in pieces: the same clip, decoded latent frame by latent frame."""
+        self.require("generate")
+        seed, length = new_seed(seed), self._length(seconds, frames)
+        shape = self.codec.latent_shape(length, *self.frame_size(aspect))
+        latents, used = self._sample([prompt], self._noise(seed, shape)[None], None, sampling, progress, aspect=aspect)
+        for pixels in self.codec.decode_frames(latents):
+            yield self._clip(pixels[0].numpy(), "generate", prompt, seed, used, frames=length, aspect=aspect)
+
+    def frame_size(self, aspect: str) -> tuple[int, int]:
+        """(height, width) in pixels at the model's area: side / √R and side · √R, rounded to the codec's multiple."""
+        if not self.about.prompt.aspect and aspect != "1:1":
+            raise ValueError(f"aspect {aspect!r}: {self.about.name} makes square clips only; use 1:1")
+        if aspect not in ASPECTS:
+            raise ValueError(f"aspect {aspect!r} is not one of {', '.join(ASPECTS)}")
+        across, down = map(int, aspect.split(":"))
+        ratio, unit = sqrt(across / down), self.codec.spatial_factor
+        height, width = round(self.about.size / ratio / unit) * unit, round(self.about.size * ratio / unit) * unit
+        return height, width
+
+    def _aspect(self, height: float, width: float) -> str:
+        """The model's aspect nearest to a picture's."""
+        usable = ASPECTS if self.about.prompt.aspect else ("1:1",)
+
+        def distance(aspect: str) -> float:
+            across, down = map(int, aspect.split(":"))
+            return abs(np.log(across / down * height / width))
+
+        return min(usable, key=distance)
+
+    def _length(self, seconds: float | None, frames: int | None) -> int:
+        if frames is not None:
+            return frames
+        if seconds is None:
+            return self.about.frames
+        step = self.codec.temporal_factor
+        return 1 + step * round(max(0.0, positive("seconds", seconds) * self.about.fps - 1) / step)
+
+    def _fit(self, clip: Clip) -> tuple[Clip, str]:
+        """Centre-crop to the nearest aspect of the model and resize to its size there."""
+        if min(clip.height, clip.width) < SMALLEST:
+            raise ValueError(f"the picture is {clip.width} × {clip.height} pixels; give one of at least {SMALLEST} × {SMALLEST}")
+        aspect = self._aspect(clip.height, clip.width)
+        return clip.resized(*self.frame_size(aspect)), aspect
+
+    def _source(self, clip: Clip, most: int | None) -> tuple[Clip, str]:
+        """A given video at the model's rate and size, its end cut to a length the codec takes (at most `most` frames)."""
+        clip, aspect = self._fit(clip.resample(self.about.fps))
+        step = self.codec.temporal_factor
+        length = 1 + (len(clip) - 1) // step * step
+        if most is not None and length > most:
+            say(f"the video has {len(clip)} frames at {self.about.fps:g} per second; the first {most} are used")
+            length = most
+        return clip[:length], aspect
+
+    def _latents(self, clip: Clip) -> Tensor:
+        """(1, F, C, h, w): the posterior's mean, standardised and scaled, without noise."""
+        return self.codec.encode(torch.from_numpy(np.ascontiguousarray(clip.frames))[None])
+
+    def _noise(self, seed: int, shape: tuple[int, int, int]) -> Tensor:
+        """(F, C, h, w) from a CPU generator, frame by frame: a longer clip begins with the shorter one's noise."""
+        generator = torch.Generator().manual_seed(seed)
+        frames, height, width = shape
+        return torch.stack([torch.randn(self.flow.config.channels, height, width, generator=generator) for _ in range(frames)])
+
+    def _states(self, prompts: list[str], aspect: str, image: bool) -> Tensor | None:
+        """Text states of wrapped prompts. A prompt longer than the encoder takes is cut, and said so."""
+        if self.text is None:
+            return None
+        wrap = self.about.prompt
+        found = self.text.encode([
+            wrap_prompt(
+                prompt, fps=self.about.fps if wrap.fps else None, image=image, noise_std=self.flow.config.noise_std if wrap.noise else None,
+                aspect=aspect if wrap.aspect else None,
+            )
+            for prompt in prompts
+        ])  # fmt: skip
+        for cut in filter(None, found.cut):
+            say(f"the prompt is longer than the {self.text.tokens} tokens the text encoder takes; not read: {cut.strip()!r}")
+        return found.states.to(self.device)
+
+    def _later(self, prompts: list[str], aspect: str) -> Tensor | None:
+        """Text states for windows beyond the trained length, where they differ."""
+        if self.about.later_windows == "same":
+            return None
+        return self._states([f"(extend) {prompt}" for prompt in prompts], aspect, image=False)
+
+    def _sample(
+        self, prompts: list[str], noise_BFChw: Tensor, given_1FChw: Tensor | None, sampling: Sampling, progress: Progress, *,
+        seed: int = 0, aspect: str = "1:1", task: str = "", window: int | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        """Noise → clean latents. Given first frames come back unchanged. Also returns the settings and reports used."""
+        began = time.perf_counter()
+        config, frames = self.flow.config, noise_BFChw.shape[1]
+        guidance = self.about.guidance if sampling.guidance is None else sampling.guidance
+        guidance = guidance if self.text is not None else 0.0
+        texts, nulls = [task + prompt for prompt in prompts], [""] * len(prompts)
+        conditional = self._states(texts, aspect, image=frames == 1)
+        states, later = conditional, None
+        beyond = frames > (window or config.window)
+        if conditional is not None and guidance:
+            states = torch.cat((conditional, self._states(nulls, aspect, image=frames == 1)))
+        if beyond:
+            later = self._later(texts + nulls if guidance else texts, aspect)
+        prefix = None
+        if given_1FChw is not None:
+            noisy = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1))
+            prefix = noisy.to(self.device)
+        latents, reports = sample(
+            self.flow, noise_BFChw.to(self.device), states, guidance, prefix, window, sampling.context, later, sampling.schedule,
+            _tokens_to_share(progress, frames * noise_BFChw[0, 0, 0].numel() * len(self.flow.config.layers)),
+        )  # fmt: skip
+        if not torch.isfinite(latents).all():
+            raise ValueError("sampling gave values that are not finite; lower the guidance, or use --precision float32")
+        sampled = time.perf_counter()
+        if sampling.denoise:
+            progress("denoising", 0.0)
+            latents = denoise(self.flow, latents, conditional, window)
+        if given_1FChw is not None:
+            latents = torch.cat((given_1FChw.to(latents), latents[:, given_1FChw.shape[1] :]), 1)
+        settings = {"guidance": guidance, "denoise": sampling.denoise, **asdict(sampling.schedule)}
+        used = {"settings": settings, "reports": {name: asdict(report) for name, report in reports.items()}}
+        used["seconds"] = {"sampling": round(sampled - began, 3), "denoising": round(time.perf_counter() - sampled, 3)}
+        return latents, used
+
+    def _decode(self, latents_BFChw: Tensor, progress: Progress) -> np.ndarray:
+        """uint8 (B, frames, H, W, 3)."""
+        parts = []
+        for index, pixels in enumerate(self.codec.decode_frames(latents_BFChw)):
+            parts.append(pixels)
+            progress("decoding", (index + 1) / latents_BFChw.shape[1])
+        return torch.cat(parts, 1).numpy()
+
+    def _clip(self, pixels: np.ndarray, task: str, prompt: str, seed: int | None, used: dict[str, Any], **settings: Any) -> Clip:
+        made = self.made(task, prompt, seed, **settings, **used["settings"])
+        return Clip(pixels, self.about.fps, made | {"reports": used["reports"], "seconds": used["seconds"]})
+
+    @classmethod
+    def load(cls, folder: Path, device: Device, precision: Precision) -> Self:
+        """Load a model folder. Raises ValueError naming what is missing or does not fit."""
+        from reelflow.adapters.checkpoint import load_into
+        from reelflow.adapters.hub import part_folder
+
+        about = ModelConfig.read(folder / "config.json")
+        config = FlowConfig.read(folder / "transformer" / "config.json")
+        with torch.device("meta"):
+            flow = StarFlow(config)
+        load_into(flow, folder / "transformer", device, torch.float32)
+        codec = load_codec(part_folder(folder, "vae", about.parts), about.latent_scale, device)
+        text = None
+        if config.text_tokens:
+            parts = [part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer")]
+            text = load_text_encoder(*parts, config.text_tokens, device)
+        return cls(about, flow.set_precision(getattr(torch, precision)), codec, text)
+
+
+def _tokens_to_share(progress: Progress, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def step(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress("sampling", min(1.0, done / total))
+
+    return step
+
+
+__all__ = ["ASPECTS", "Report", "Sampling", "StarFlowPipeline"]
