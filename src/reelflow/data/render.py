@@ -229,13 +229,16 @@ def render(scenes: Sequence[Scene], frames: int = CLIP, size: int = 128, device:
             for first in range(0, len(members), piece):
                 some = members[first : first + piece]
                 looks = [_look(scenes[number], place, frames, start) for number in some]
-                arrays = (
-                    np.concatenate([np.arange(number * frames, (number + 1) * frames) for number in some]),
-                    np.concatenate([tracks[number][:, place] for number in some]).astype(np.float32),
-                    np.concatenate([paint for paint, _ in looks]),
-                    np.concatenate([opacity for _, opacity in looks]),
+                where, centre, paint, opacity = (
+                    torch.from_numpy(np.concatenate(rows)).to(device)
+                    for rows in (
+                        [np.arange(number * frames, (number + 1) * frames) for number in some],
+                        [tracks[number][:, place].astype(np.float32) for number in some],
+                        [paint for paint, _ in looks],
+                        [opacity for _, opacity in looks],
+                    )
                 )
-                _stamp(flat, *(torch.from_numpy(array).to(device) for array in arrays), shape, radius)
+                _stamp(flat, where, centre, paint, opacity, shape, radius)
     for number, scene in enumerate(scenes):
         if scene.wall is not None:
             _draw_wall(canvas[number], scene)

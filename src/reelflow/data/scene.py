@@ -206,7 +206,7 @@ def _gradient(rng: np.random.Generator) -> float:
 def place_things(rng: np.random.Generator, looks: Sequence[Look]) -> tuple[Thing, ...]:
     """Start positions and speeds for one or two things, so that what a caption says of them is seen.
 
-    A straight motion keeps its direction for two thirds of a clip (no edge comes earlier). A still thing is never
+    For two thirds of a clip no straight mover comes to an edge; within them, what bounces meets the floor. A still thing is never
     displaced: whatever meets it bounces off. What bounces or circles keeps out of the other's way. Half of the pairs of
     straight movers, and a quarter of the pairs of a mover and a still thing, are set up to meet within a clip.
     """
@@ -217,7 +217,7 @@ def place_things(rng: np.random.Generator, looks: Sequence[Look]) -> tuple[Thing
     for attempt in range(20_000):
         first, second = (_place(rng, look, alone=False) for look in looks)
         if first.turn and second.turn:  # in step, so that their distance stays the same
-            second = replace(second, **_on_orbit(second, first))
+            second = _on_orbit(second, first)
         if _compatible(first, second, wish and attempt < 200):
             return first, second
     raise AssertionError(f"no room for {looks}")
@@ -239,8 +239,8 @@ def _place(rng: np.random.Generator, look: Look, alone: bool) -> Thing:
         return Thing(shape, colour, size, motion, x, y, dx * speed, dy * speed)
     if motion == "bounces":
         height = float(rng.uniform(35, 70 if alone else 50))
-        risen = float(rng.uniform(0, 1)) * height
-        vy = float(np.sqrt(2 * GRAVITY * (height - risen))) * (1 if rng.random() < 0.5 else -1)
+        landing, landing_time = float(np.sqrt(2 * GRAVITY * height)), float(rng.uniform(3, 2 * CLIP // 3))
+        risen, vy = landing * landing_time - 0.5 * GRAVITY * landing_time**2, landing - GRAVITY * landing_time
         vx = float(rng.uniform(-1.5, 1.5)) if alone else 0.0
         return Thing(shape, colour, size, motion, x, high - risen, vx, vy)
     if motion == "circles":
@@ -253,10 +253,10 @@ def _place(rng: np.random.Generator, look: Look, alone: bool) -> Thing:
     return Thing(shape, colour, size, motion, x, y)
 
 
-def _on_orbit(thing: Thing, other: Thing) -> dict[str, float]:
-    """Fields that let `thing` circle around its own centre in step with `other`."""
+def _on_orbit(thing: Thing, other: Thing) -> Thing:
+    """`thing`, circling around its own centre in step with `other`."""
     (x, y, _), (other_x, other_y, _) = thing.orbit, other.orbit
-    return {"x": x + other.x - other_x, "y": y + other.y - other_y, "vx": other.vx, "vy": other.vy, "turn": other.turn}
+    return replace(thing, x=x + other.x - other_x, y=y + other.y - other_y, vx=other.vx, vy=other.vy, turn=other.turn)
 
 
 def _compatible(a: Thing, b: Thing, meet: bool) -> bool:
@@ -265,7 +265,8 @@ def _compatible(a: Thing, b: Thing, meet: bool) -> bool:
         return False
     if a.turn and b.turn:
         return True
-    if a.moves and b.moves or meet and {a.motion, b.motion} <= {*DIRECTIONS, "stays still"} and (a.moves or b.moves):
+    free = {a.motion, b.motion} <= {*DIRECTIONS, "stays still"} and (a.moves or b.moves)
+    if (a.moves and b.moves) or (meet and free):
         when = meeting(a, b)
         return 6 < when < 20 if meet else when > 6
     (left, top, right, bottom), (b_left, b_top, b_right, b_bottom) = _swept(a), _swept(b)
