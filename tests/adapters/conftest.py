@@ -98,3 +98,9 @@ def reference() -> SimpleNamespace:
     path = Path(reelflow.adapters.__file__).with_name("published.json")
     published = json.loads(path.read_text(encoding="utf-8"))
     return SimpleNamespace(published=published, shapes=reference_shapes, constructor=constructor, random_state=random_state)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    """These networks are so small that threads only wait for each other, most of all on a busy machine."""
+    torch.set_num_threads(1)

@@ -103,6 +103,10 @@ def licence_notice(source: str) -> str | None:
 
     Args:
         source: a Hugging Face id (`:subfolder` allowed), a licence tag (`ModelConfig.licence`), or a checkpoint's path.
+
+    Example:
+        >>> licence_notice("stabilityai/sd-vae-ft-ema")
+        'stabilityai/sd-vae-ft-ema: MIT (Stability AI)'
     """
     name = source.partition(":")[0].lower()
     for patterns, notice in _LICENCES:

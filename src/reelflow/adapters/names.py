@@ -37,6 +37,10 @@ def rename(key: str, blocks: int) -> str | None:
 
     Raises:
         ValueError: a key the reference does not have.
+
+    Example:
+        >>> rename("blocks.5.attn_blocks.0.mlp.main.2.bias", blocks=6)
+        'deep_block.layers.0.mlp.down.bias'
     """
     if _BUFFER.match(key):
         return None

@@ -25,6 +25,10 @@ def wrap_prompt(prompt: str, *, fps: float | None, image: bool, noise_std: float
         image: where `fps` is given, say that this is an image instead. A rate below 1 counts as an image too.
         noise_std: σ of the data noise, written as int(1000 σ); None: the model is not conditioned on it.
         aspect: for example "16:9"; None: the model has one aspect.
+
+    Example:
+        >>> wrap_prompt("a dog", fps=16, image=False, noise_std=0.5, aspect="16:9")
+        'Noise Level 500:\\nA video with 16 fps:\\na dog\\n\\n in a 16:9 aspect ratio.\\n'
     """
     if fps is not None:
         kind = "An image" if image or int(fps) < 1 else f"A video with {int(fps)} fps"
