@@ -33,9 +33,14 @@ class Affine(NamedTuple):
         return self.scale * z + self.shift
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already (a model in float64 computes in float64 throughout)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def parameters(raw: Tensor, config: FlowConfig) -> Affine:
     """(shift, scale) from a block's raw outputs (…, 2c): soft clip to ±k, first half the scale, second the shift."""
-    raw = raw.float()
+    raw = wide(raw)
     if config.soft_clip:
         raw = config.soft_clip * torch.tanh(raw / config.soft_clip)
     a, shift = raw.chunk(2, dim=-1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reelflow.config import FlowConfig
+from reelflow.flow.affine import wide
 from reelflow.flow.rope import Rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,7 +84,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(wide(x), self.weight.shape, 1 + wide(self.weight), self.eps).to(x.dtype)
 
 
 class Projection(nn.Linear):
@@ -91,7 +92,7 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 def norm(config: FlowConfig, width: int) -> nn.Module:

@@ -41,4 +41,4 @@ class Denoiser(nn.Module):
         for index, layer in enumerate(self.layers):
             ahead = self.config.look_ahead if index == 0 or self.config.look_ahead_layers == "all" else 1
             hidden = layer(hidden, rotary, frame_window(text, frames, places, ahead, self.config.window))
-        return self.proj_out(self.final_norm(hidden[:, text:])).float().unflatten(1, (frames, places))
+        return self.proj_out(self.final_norm(hidden[:, text:])).unflatten(1, (frames, places))

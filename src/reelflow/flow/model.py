@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reelflow.config import FlowConfig
-from reelflow.flow.affine import Affine
+from reelflow.flow.affine import Affine, wide
 from reelflow.flow.block import FlowBlock
 from reelflow.flow.denoiser import Denoiser
 from reelflow.flow.rope import Rotary, rotary, token_positions
@@ -85,7 +85,7 @@ class StarFlow(nn.Module):
             text_BLE: text states, needed by a model with text.
         """
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
-        z, log_det = to_tokens(x_BFChw).float(), torch.zeros((), device=x_BFChw.device)
+        z, log_det = wide(to_tokens(x_BFChw)), torch.zeros((), device=x_BFChw.device)
         for block in (*self.shallow_blocks, self.deep_block):
             z, change = self.affine(block, z, size, text_BLE).forward(z)
             log_det = log_det + change
@@ -94,7 +94,7 @@ class StarFlow(nn.Module):
     def to_deep(self, x_BFChw: Tensor) -> Tensor:
         """Through the shallow blocks only: tokens (B, F, S, C) that the deep block models."""
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
-        u = to_tokens(x_BFChw).float()
+        u = wide(to_tokens(x_BFChw))
         for block in self.shallow_blocks:
             u, _ = self.affine(block, u, size, None).forward(u)
         return u

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reelflow.flow.affine import wide
+
 THETA = 10_000.0
 TIME_FREQUENCIES = 8
 
@@ -26,7 +28,7 @@ class Rotary(NamedTuple):
 
     def rotate(self, x_BHTD: Tensor) -> Tensor:
         """Rotate every pair of channels by its angle, in float32; pairs are (2i, 2i + 1), or (i, i + D / 2) with `halves`."""
-        x = x_BHTD.float()
+        x = wide(x_BHTD)
         pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if self.halves else x.unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * self.turn)
         return (turned.transpose(-1, -2) if self.halves else turned).flatten(-2).to(x_BHTD.dtype)

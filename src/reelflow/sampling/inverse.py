@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reelflow.flow import StarFlow, from_tokens, order, to_tokens
+from reelflow.flow.affine import wide
 from reelflow.flow.block import FlowBlock
 from reelflow.sampling.conditioner import Conditioner
 from reelflow.sampling.schedules import Progress, Report, Schedule
@@ -95,12 +96,12 @@ def sample(
     schedule = schedule or Schedule()
     with torch.no_grad():
         u_prefix = model.to_deep(prefix_BFChw) if prefix_BFChw is not None else None
-        z = to_tokens(noise_BFChw).float()
+        z = wide(to_tokens(noise_BFChw))
         u, deep = sample_deep(model, z, size, schedule, progress, text_BLE, later_BLE, guidance, u_prefix, window, context)
         x, shallow = sample_shallow(model, u[:, prefix:], size, schedule, progress)
         latents = from_tokens(x, *size)
         if prefix_BFChw is not None:
-            latents = torch.cat((prefix_BFChw.float(), latents), 1)
+            latents = torch.cat((wide(prefix_BFChw), latents), 1)
     return latents, {"deep": deep, "shallow": shallow}
 
 
