@@ -119,7 +119,7 @@ def test_odd_sizes_come_back(tmp_path, name, size):
 
 @pytest.mark.parametrize("name", [*PLACES, "out.png"])
 def test_metadata_can_be_long_and_can_be_left_out(tmp_path, name):
-    clip = Clip(toy(1 if name == "out.png" else 33), 16, {"prompt": "ü'\"{}\n" * 1700})
+    clip = Clip(toy(1 if name == "out.png" else 9), 16, {"prompt": "ü'\"{}\n" * 1700})
     clip.save(tmp_path / name)
     assert Clip.open(tmp_path / name).metadata == clip.metadata
     clip.save(tmp_path / name, metadata=False)
@@ -263,8 +263,7 @@ def test_frames_can_be_written_as_they_come(tmp_path, name):
     assert np.array_equal(Clip.open(tmp_path / name).frames, whole.frames)
 
 
-@pytest.mark.parametrize("name", PLACES[:3])
-@pytest.mark.parametrize("size", [(32, 32), (240, 320)])
+@pytest.mark.parametrize(("name", "size"), [("out.mp4", (32, 32)), ("out.mp4", (240, 320)), ("out.webm", (32, 32)), ("out.gif", (32, 32))])
 def test_the_same_clip_is_the_same_file(tmp_path, name, size):
     clip = Clip(toy(12, *size), 16, MADE)
     files = set()
@@ -431,11 +430,11 @@ def test_colour_tags_are_obeyed(tmp_path, colorspace, color_range):
     assert np.abs(Clip.open(path).frames.astype(int) - frames).max() <= 3
 
 
-@pytest.mark.parametrize("codec", ["mpeg4", "libvpx-vp9"])
-@pytest.mark.parametrize("name", ["in.mkv", "in.mp4", "in.mov", "in.avi"])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [*((f"in.{kind}", "mpeg4") for kind in ("mkv", "mp4", "mov", "avi")), ("in.mkv", "libvpx-vp9"), ("in.mp4", "libvpx-vp9")],
+)
 def test_other_containers_and_codecs(tmp_path, name, codec):
-    if codec == "libvpx-vp9" and name in ("in.mov", "in.avi"):
-        pytest.skip("not a combination that exists")
     back = Clip.open(encode(tmp_path / name, toy(), codec=codec))
     assert (len(back), back.fps) == (9, 16)
 
@@ -615,8 +614,8 @@ def test_sound_alone_is_no_video(tmp_path):
 
 
 def test_a_video_without_frames(tmp_path):
-    refused(encode(tmp_path / "in.mp4", np.zeros((0, 48, 64, 3), np.uint8)), "no ")
-    refused(encode(tmp_path / "in.mkv", np.zeros((0, 48, 64, 3), np.uint8)), "no ")
+    refused(encode(tmp_path / "in.mp4", np.zeros((0, 48, 64, 3), np.uint8)), "no frames")
+    refused(encode(tmp_path / "in.mkv", np.zeros((0, 48, 64, 3), np.uint8)), "no frames")
 
 
 def test_no_permission(tmp_path, monkeypatch):

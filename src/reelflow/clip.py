@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from reelflow.media.comment import MediaError
-from reelflow.media.read import Limits, rational, read
+from reelflow.media.read import read
+from reelflow.media.timeline import Limits, rational
 from reelflow.media.write import ClipWriter, check_output
 
 __all__ = ["Clip", "ClipWriter", "Limits", "MediaError", "check_output", "contact_sheet", "heat_map", "side_by_side"]

@@ -11,9 +11,8 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from PIL.GifImagePlugin import GifImageFile
 
 from reelflow.media.comment import MediaError, unpack
 from reelflow.media.picture import on_white, picture_rgb
+from reelflow.media.timeline import Limits, Shown, constant_rate, gather, on_grid, reason
 
 PICTURE_FPS = 16.0  # of a still, and of a folder of pictures that does not say
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -39,41 +39,6 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
 EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 
 Media = tuple[np.ndarray, float, dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a file may ask for; beyond it `read` refuses, before decoding where the header tells.
-
-    pixels: of one frame. frames, seconds: of what is read. memory: bytes of all decoded frames together.
-    """
-
-    pixels: int = 64_000_000
-    frames: int = 20_000
-    seconds: float = 3600.0
-    memory: int = 4 * 2**30
-
-    def check(self, path: Path, height: int, width: int, frames: float = 1, seconds: float = 0.0) -> None:
-        """Raise `MediaError` if a clip of this size is beyond the limits."""
-        needed = frames * height * width * 3
-        if height * width > self.pixels:
-            raise MediaError(f"{path} has frames of {width} x {height} pixels, over the limit of {self.pixels:,}: make it smaller")
-        if frames > self.frames or seconds > self.seconds:
-            what, limit = (f"{frames:.0f} frames ({seconds:.1f} s)", f"{self.frames} frames ({self.seconds:g} s)")
-        elif needed > self.memory:
-            what, limit = (f"{needed / 2**30:.1f} GiB of decoded frames", f"{self.memory / 2**30:.1f} GiB")
-        else:
-            return
-        raise MediaError(f"{path} has {what}, over the limit of {limit}: read a part with max_frames, or make it smaller")
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One frame, shown from `time` for `duration` seconds; `picture()` converts it to (H, W, 3), before the next one comes."""
-
-    time: float
-    duration: float
-    picture: Callable[[], np.ndarray]
 
 
 def read(path: str | Path, max_frames: int | None = None, start: float = 0.0, limits: Limits | None = None) -> Media:
@@ -112,70 +77,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise MediaError(f"{path} cannot be read: this user has no permission; change it or copy the file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise MediaError(f"{path} is too large to decode ({error}): make it smaller") from None
-    except (OSError, ValueError, av.FFmpegError, zlib.error) as error:
-        raise MediaError(f"{path} cannot be read: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------- from decoded frames to a clip
-
-
-def _gather(
-    path: Path, shown: Iterator[Shown], max_frames: int | None, start: float, limits: Limits
-) -> tuple[list[np.ndarray], np.ndarray, float]:
-    """Decode: the pictures from `start` on, their times (F,) in seconds from the first of them, and when the last one ends."""
-    pictures: list[np.ndarray] = []
-    times: list[float] = []
-    end = 0.0
-    try:
-        for frame in shown:
-            if frame.time + frame.duration / 2 < start:
-                continue
-            pictures.append(frame.picture())
-            times.append(frame.time)
-            end = frame.time + frame.duration - times[0]
-            height, width, _ = pictures[-1].shape
-            if pictures[-1].shape != pictures[0].shape:
-                raise MediaError(f"{path} changes its size to {width} x {height} at {frame.time:.2f} s: bring all frames to one size")
-            limits.check(path, height, width, len(pictures), frame.time - times[0])
-            if len(pictures) == max_frames:
-                break
-    except MediaError:
-        raise
-    except Exception as error:  # decoders of strangers' files raise anything
-        count = len(pictures)
-        whole = f"only its first {count} frames can be read, with max_frames={count}" if count else "no frame can be read"
-        raise MediaError(f"{path} is damaged or cut off ({error}): {whole}; make or download it again") from error
-    if not pictures:
-        why = f"at or after start={start:g} s: use a smaller start" if start else "in it: make or download it again"
-        raise MediaError(f"{path} has no frames {why}")
-    return pictures, np.array(times) - times[0], end
-
-
-def rational(fps: float | Fraction) -> Fraction:
-    """The frame rate as the fraction that was meant: 29.97002997002997 is 30000/1001."""
-    return Fraction(fps).limit_denominator(100_000)
-
-
-def _constant_rate(times: np.ndarray, end: float, tick: float, said: list[float | Fraction | None]) -> Fraction:
-    """The first rate that explains every time within one tick of the file's clock, else the average rate."""
-    average = (len(times) - 1) / times[-1] if times[-1] > 0 else len(times) / max(end, 1e-3)
-    for rate in [*said, round(average)]:
-        if rate and 0.001 <= rate <= 1000:
-            drift = np.abs(times - np.arange(len(times)) / float(rate)).max()
-            if drift <= min(tick, 0.25 / float(rate)) + 1e-6:
-                return rational(rate)
-    return rational(min(max(average, 0.001), 1000.0))
-
-
-def _on_grid(
-    path: Path, pictures: list[np.ndarray], times: np.ndarray, end: float, rate: Fraction, max_frames: int | None, limits: Limits
-) -> np.ndarray:
-    """Frames (F, H, W, 3) at a constant rate: place k holds the last picture that began by k / rate, to the nearest place."""
-    places = np.floor(times * float(rate) + 0.5).astype(np.int64)
-    count = max(int(places[-1]) + 1, round(end * float(rate)))
-    count = count if max_frames is None else min(count, max_frames)
-    limits.check(path, pictures[0].shape[0], pictures[0].shape[1], count, count / float(rate))
-    return np.stack([pictures[i] for i in np.searchsorted(places, np.arange(count), side="right") - 1])
+    except (OSError, ValueError, RuntimeError, av.FFmpegError, zlib.error) as error:
+        raise MediaError(f"{path} cannot be read ({reason(error)}): make or download it again") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------- videos
@@ -185,8 +88,9 @@ def _read_video(path: Path, max_frames: int | None, start: float, limits: Limits
     with _opened(path) as container:
         stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
         if stream is None:
-            kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
-            raise MediaError(f"{path} has no video that can be decoded (it holds {kinds}): convert it to .mp4 with H.264")
+            kinds = ", ".join(stream.type for stream in container.streams)
+            what = f"no video that can be decoded (it holds {kinds})" if kinds else "no frames in it"
+            raise MediaError(f"{path} has {what}: make or download it again, or convert it to .mp4 with H.264")
         facts = unpack({key.lower(): value for key, value in container.metadata.items()}.get("comment"))
         rate, tick, finish = (stream.average_rate or Fraction(25), stream.time_base or Fraction(1, 1000), _said_end(container, stream))
         expected = max((finish or 0.0) - start, 0.0)
@@ -196,9 +100,9 @@ def _read_video(path: Path, max_frames: int | None, start: float, limits: Limits
             container.seek(int(start / tick), stream=stream)
         stream.thread_type = "AUTO"
         stream.codec_context.options = {"max_pixels": str(limits.pixels)}
-        pictures, times, end = _gather(path, _decoded(container, stream, rate, finish), max_frames, start, limits)
-    rate = _constant_rate(times, end, float(tick), [facts.get("fps"), stream.average_rate])
-    frames = _on_grid(path, pictures, times, end, rate, max_frames, limits)
+        pictures, times, end = gather(path, _decoded(container, stream, rate, finish), max_frames, start, limits)
+    rate = constant_rate(times, end, float(tick), [facts.get("fps"), stream.average_rate])
+    frames = on_grid(path, pictures, times, end, rate, max_frames, limits)
     height, width = facts.get("size", frames.shape[1:3])
     if (height + height % 2, width + width % 2) == frames.shape[1:3]:  # MP4 has even sides: the writer padded them
         frames = frames[:, :height, :width]
@@ -213,6 +117,8 @@ def _opened(path: Path) -> InputContainer:
     options = {"protocol_whitelist": "file", "format_whitelist": VIDEO_FORMATS}
     try:
         return av.open(f"file:{path.absolute()}", mode="r", container_options=options, metadata_errors="replace")
+    except av.error.EOFError:
+        raise MediaError(f"{path} has no frames in it: make or download it again") from None
     except (av.error.InvalidDataError, av.error.ArgumentError, IndexError):
         cut = head[4:8] == b"ftyp"
         why = "is a video without its index (moov): it was cut off" if cut else "is neither a picture nor a video that can be read"
@@ -274,12 +180,12 @@ def _video_rgb(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
 
 def _read_picture(path: Path, picture: Image.Image, max_frames: int | None, start: float, limits: Limits) -> Media:
     limits.check(path, picture.height, picture.width)
-    pictures, times, end = _gather(path, _animation(path, picture), max_frames, start, limits)
+    pictures, times, end = gather(path, _animation(path, picture), max_frames, start, limits)
     facts = unpack(picture.info.get("comment"))
     if not _moves(picture):
         return np.stack(pictures), facts.get("fps", PICTURE_FPS), facts.get("made", {})
-    rate = _constant_rate(times, end, 0.01, [facts.get("fps")])
-    return _on_grid(path, pictures, times, end, rate, max_frames, limits), float(rate), facts.get("made", {})
+    rate = constant_rate(times, end, 0.01, [facts.get("fps")])
+    return on_grid(path, pictures, times, end, rate, max_frames, limits), float(rate), facts.get("made", {})
 
 
 def _moves(picture: Image.Image) -> bool:
@@ -317,7 +223,7 @@ def _read_folder(path: Path, max_frames: int | None, start: float, limits: Limit
     fps = facts.get("fps", PICTURE_FPS)
 
     shown = (Shown(k / fps, 1 / fps, partial(_one_picture, file, limits)) for k, file in enumerate(files))
-    pictures, _, _ = _gather(path, shown, max_frames, start, limits)
+    pictures, _, _ = gather(path, shown, max_frames, start, limits)
     return np.stack(pictures), fps, facts.get("made", {})
 
 

@@ -26,7 +26,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from reelflow.media.comment import MediaError, pack
-from reelflow.media.read import EXACT, rational
+from reelflow.media.read import EXACT
+from reelflow.media.timeline import rational
 
 MAX_GIF_FPS = 50  # browsers slow down what is faster
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -178,12 +179,20 @@ def _to_yuv(height: int, width: int, cosited: bool) -> av.filter.Graph:
 
 
 def _paletted(picture: np.ndarray) -> av.VideoFrame:
-    """The 256 colours that suit this frame best, without dithering: dither flickers, and does not compress."""
-    indexed = Image.fromarray(picture).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    colours = np.asarray(indexed.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    palette = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
-    palette[: len(colours), 1:] = colours
-    return av.VideoFrame.from_ndarray((np.asarray(indexed), palette), format="pal8")  # type: ignore[arg-type]
+    """With the 256 colours that suit this frame best, without dithering: dither flickers, and does not compress."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=picture.shape[1], height=picture.shape[0], format=av.VideoFormat("rgb24"), time_base=Fraction(1, 1000))
+    split, colours = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
+    mapped, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(mapped, 0, 0)
+    split.link_to(colours, 1, 0)
+    colours.link_to(mapped, 0, 1)
+    mapped.link_to(sink)
+    graph.configure()
+    graph.vpush(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+    graph.vpush(None)
+    return graph.vpull()
 
 
 def _insert_gif_comment(path: Path, comment: bytes) -> None:
