@@ -1,0 +1,486 @@
+"""Train the small video VAE (`AutoencoderKLWan`) on toybox clips, and export it as a diffusers folder.
+
+    python -m reelflow.training.vae runs/vae --export FOLDER
+    torchrun --nproc-per-node 2 -m reelflow.training.vae runs/vae --export FOLDER      # one thread each: best on a busy CPU
+
+Every batch follows from (seed, step, rank) alone, so a run that was stopped continues exactly where it was.
+Shape suffixes: B batch, C channels, F frames, T latent frames, H height, W width. Pixels lie in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from reelflow.config import Strict
+from reelflow.data.toybox import CLIP, Split, render, sample_scene
+
+
+def new_vae() -> AutoencoderKLWan:
+    """The untrained VAE of `mini`: 48 channels, 16x in space, 4x in time, 2.9 M parameters."""
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=16,
+        z_dim=48,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * 48,
+        latents_std=[1.0] * 48,
+    )
+    vae.quant_conv.bias.data[48:] = -6.0  # begin with little noise: with unit noise the decoder learns to ignore the latents
+    return vae
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Lay the convolution weights out channels-last, in place: what the CPU kernels and the passes below want."""
+    for parameter in vae.parameters():
+        if parameter.dim() >= 4:
+            form = torch.channels_last_3d if parameter.dim() == 5 else torch.channels_last
+            parameter.data = parameter.data.contiguous(memory_format=form)
+
+
+def _normalise(x: Tensor, gamma: Tensor) -> Tensor:
+    """The RMS norm of Wan over the last axis, in float32."""
+    x = x.float()
+    return x * (x.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt() * x.shape[-1] ** 0.5) * gamma
+
+
+def _normalise_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    return F.silu(_normalise(x, gamma)).to(x.dtype)
+
+
+@cache
+def _fused_normalise_silu() -> Callable[[Tensor, Tensor], Tensor]:
+    """`_normalise_silu` as one kernel, compiled at the first call (which takes a C++ compiler); three times faster."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(_normalise_silu, dynamic=False)
+
+
+def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """Causal convolution: the first frame is preceded by zeros."""
+    _, right, _, bottom, front, _ = conv._padding
+    if front:
+        x = torch.cat([x.new_zeros(x.shape[0], x.shape[1], front, *x.shape[3:]), x], 2).contiguous(memory_format=torch.channels_last_3d)
+    return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, bottom, right))
+
+
+def _frames(x: Tensor) -> Tensor:
+    """(B, C, F, H, W) → (B·F, C, H, W), a view."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(x: Tensor, batch: int) -> Tensor:
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _average(short: nn.Module, x: Tensor) -> Tensor:
+    """The averaging shortcut (AvgDown3D) of the encoder."""
+    t, s = short.factor_t, short.factor_s
+    if t == s == short.group_size == 1:
+        return x
+    if short.group_size != s * s:
+        return short(x)
+    y = _clips(F.avg_pool2d(_frames(x), s), x.shape[0])
+    y = F.pad(y, (0, 0, 0, 0, -y.shape[2] % t, 0)).unflatten(2, (-1, t))
+    return y.permute(0, 2, 4, 5, 1, 3).flatten(4).permute(0, 4, 1, 2, 3)
+
+
+def _duplicate(short: nn.Module, x: Tensor) -> Tensor:
+    """The duplicating shortcut (DupUp3D) of the decoder, for a clip from its first frame."""
+    t, s = short.factor_t, short.factor_s
+    if short.repeats == t * s * s:
+        x = x if t == 1 else x.repeat_interleave(t, 2)[:, :, t - 1 :]
+        return _clips(F.interpolate(_frames(x), scale_factor=s, mode="nearest-exact"), x.shape[0])
+    y = x.permute(0, 2, 3, 4, 1).repeat_interleave(short.repeats, -1).unflatten(-1, (short.out_channels, t, s, s))
+    return y.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, t - 1 :].permute(0, 4, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """The VAE's own function in one pass over the whole clip: differentiable, and several times faster.
+
+    `AutoencoderKLWan` itself runs chunk by chunk with a feature cache. Tensors inside are (B, C, F, H, W) with
+    channels-last memory, so that (B, F, H, W, C) is a view. fused: compile the norms (a C++ compiler is needed).
+    """
+
+    vae: AutoencoderKLWan
+    fused: bool = False
+
+    def encode(self, x_BCFHW: Tensor) -> Tensor:
+        """Pixels (B, 3, F, H, W), F = 1 + 4n → posterior mean and log-variance, (B, 2·48, 1 + n, H/16, W/16).
+
+        The same function as `vae.encode(x).latent_dist.parameters`, in one pass.
+        """
+        encoder, p = self.vae.encoder, self.vae.config.patch_size
+        x = x_BCFHW.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 2, 3, 5, 1, 6, 4).flatten(4).permute(0, 4, 1, 2, 3)
+        x = _conv(encoder.conv_in, x)
+        for block in encoder.down_blocks:
+            x = self._down(block, x)
+        x = self._mid(encoder.mid_block, x)
+        return _conv(self.vae.quant_conv, _conv(encoder.conv_out, self._activate(encoder.norm_out, x)))
+
+    def decode(self, z_BCTHW: Tensor) -> Tensor:
+        """Latents (B, 48, 1 + n, H/16, W/16) → pixels (B, 3, 1 + 4n, H, W), not clamped to [-1, 1].
+
+        The same function as `vae.decode(z).sample` but for the clamp, in one pass.
+        """
+        decoder, p = self.vae.decoder, self.vae.config.patch_size
+        x = self._mid(decoder.mid_block, _conv(decoder.conv_in, _conv(self.vae.post_quant_conv, z_BCTHW)))
+        for block in decoder.up_blocks:
+            x = self._up(block, x)
+        x = _conv(decoder.conv_out, self._activate(decoder.norm_out, x))
+        x = x.unflatten(1, (-1, p, p)).permute(0, 1, 4, 5, 3, 6, 2)
+        return x.flatten(5, 6).flatten(3, 4)
+
+    def _activate(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """RMS norm over channels, then SiLU."""
+        channels_last = x.movedim(1, -1)
+        rows = channels_last.reshape(-1, x.shape[1])
+        if self.fused:
+            torch._dynamo.mark_dynamic(rows, 0)
+        rows = (_fused_normalise_silu() if self.fused else _normalise_silu)(rows, norm.gamma.flatten())
+        return rows.view(channels_last.shape).movedim(-1, 1)
+
+    def _resnet(self, block: nn.Module, x: Tensor) -> Tensor:
+        h = _conv(block.conv1, self._activate(block.norm1, x))
+        h = _conv(block.conv2, self._activate(block.norm2, h))
+        return h + (x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x))
+
+    def _mid(self, block: nn.Module, x: Tensor) -> Tensor:
+        x = self._resnet(block.resnets[0], x)
+        for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+            frames = _frames(x)
+            tokens = _normalise(frames.flatten(2).transpose(1, 2), attention.norm.gamma.flatten()).to(x.dtype)
+            qkv = F.linear(tokens, attention.to_qkv.weight.flatten(1), attention.to_qkv.bias)
+            mixed = F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in qkv.chunk(3, -1))).squeeze(1)
+            out = F.linear(mixed, attention.proj.weight.flatten(1), attention.proj.bias)
+            x = x + _clips(out.transpose(1, 2).unflatten(2, frames.shape[2:]), x.shape[0])
+            x = self._resnet(resnet, x)
+        return x
+
+    def _down(self, block: nn.Module, x: Tensor) -> Tensor:
+        y = _average(block.avg_shortcut, x)
+        for resnet in block.resnets:
+            x = self._resnet(resnet, x)
+        if block.downsampler is not None:
+            x = _clips(block.downsampler.resample(_frames(x)), x.shape[0])
+            if block.downsampler.mode == "downsample3d" and x.shape[2] > 1:
+                x = torch.cat([x[:, :, :1], _conv(block.downsampler.time_conv, x)], 2)
+        return x + y
+
+    def _up(self, block: nn.Module, x: Tensor) -> Tensor:
+        short, y = block.avg_shortcut, x
+        for resnet in block.resnets:
+            x = self._resnet(resnet, x)
+        if block.upsampler is None:
+            return x
+        if block.upsampler.mode == "upsample3d" and x.shape[2] > 1:
+            # The first frame stays one frame; the others become two each, without seeing the first.
+            rest = _conv(block.upsampler.time_conv, x[:, :, 1:]).unflatten(1, (2, -1))
+            x = torch.cat([x[:, :, :1], rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], 2)
+        conv = block.upsampler.resample[1]
+        frames = F.interpolate(_frames(x), scale_factor=2, mode="nearest-exact")
+        x = _clips(F.conv2d(frames, conv.weight, conv.bias, padding=1), x.shape[0])
+        return x + _duplicate(short, y)
+
+
+class VaeTraining(Strict):
+    """How to train: `steps` optimiser steps, each on pieces of clips, all of one of the `shapes` (frames, side in pixels)."""
+
+    seed: int = 0
+    steps: int = 1400
+    pixels: int = 3 * 9 * 64 * 64
+    """Pixels per batch and process; the number of clips follows from their length and size."""
+    shapes: tuple[tuple[int, int], ...] = ((1, 64), (5, 64), (9, 64), (17, 64))
+    last_shapes: tuple[tuple[int, int], ...] = ((1, 128), (9, 128), (17, 64), (33, 64))
+    last_share: float = 0.25
+    """Share of the steps, at the end, that take `last_shapes`: longer clips and whole frames."""
+    learning_rate: float = 2.5e-3
+    warmup: int = 100
+    foreground: float = 4.0
+    """Additional weight of the pixels on and around objects."""
+    edges: float = 0.5
+    """Weight of the error of horizontal and vertical differences."""
+    kl: float = 2e-5
+    """Weight of the Kullback-Leibler term, per latent value, relative to the error per pixel value."""
+    ema: float = 0.998
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up, then half a cosine down to 1/200."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1.0))
+        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * (0.005 + 0.995 * cosine)
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """uint8 (B, F, H, W, 3) → float (B, 3, F, H, W) in [-1, 1]."""
+    return frames.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1
+
+
+def backdrop(frames: Tensor) -> Tensor:
+    """Median colour of every row over a whole clip uint8 (B, F, H, W, 3): int16 (B, 1, H, 1, 3)."""
+    columns = frames[:, ::4, :, ::12].transpose(2, 3).flatten(1, 2)
+    return columns.float().median(1).values[:, None, :, None].to(torch.int16)
+
+
+def foreground(frames: Tensor, ground: Tensor) -> Tensor:
+    """Where frames uint8 (B, F, H, W, 3) differ from their backdrop: bool (B, F, H, W)."""
+    return ((frames.to(torch.int16) - ground).abs() > 10).any(-1)
+
+
+def batch(config: VaeTraining, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+    """Clip pieces of one step, pixels (B, 3, F, S, S) and foreground (B, 1, F, S, S), most of them around an object."""
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, rank, 1]))
+    shapes = config.last_shapes if step >= config.steps * (1 - config.last_share) else config.shapes
+    length, size = shapes[int(rng.integers(len(shapes)))]
+    count = max(config.pixels // (length * size**2), 1)
+    scenes = [sample_scene(config.seed, int(index)) for index in rng.integers(2**40, size=count)]
+    frames = render(scenes, length, start=int(rng.integers(CLIP - length + 1)))
+    ground = backdrop(frames)
+    pieces, grounds = [], []
+    for clip, mask, rows in zip(frames, foreground(frames[:, length // 2, None], ground)[:, 0], ground, strict=True):
+        row, column = rng.integers(128, size=2)
+        places = mask.nonzero()
+        if len(places) and rng.random() < 0.85:
+            row, column = places[int(rng.integers(len(places)))].tolist()
+        top, left = (int(np.clip(place - rng.integers(size), 0, 128 - size)) for place in (row, column))
+        pieces.append(clip[:, top : top + size, left : left + size])
+        grounds.append(rows[:, top : top + size])
+    x = torch.stack(pieces)
+    return to_pixels(x), foreground(x, torch.stack(grounds)).unsqueeze(1)
+
+
+def loss_of(config: VaeTraining, model: OnePass, x: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one batch, and its parts: weighted error of pixels and of edges, Kullback-Leibler term, PSNR in dB."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        mean, log_variance = model.encode(x).float().chunk(2, 1)
+        log_variance = log_variance.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        y = model.decode(mean + (0.5 * log_variance).exp() * noise).float()
+    weight = 1 + config.foreground * mask
+    error = y - x
+    pixels = ((error.square() + 1e-4).sqrt() - 1e-2).mul(weight).mean() / weight.mean()
+    edges = sum(error.diff(dim=axis).abs().mul(weight.narrow(axis, 1, x.shape[axis] - 1)).mean() for axis in (3, 4)) / weight.mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = pixels + config.edges * edges + config.kl * kl
+    parts = {"pixels": pixels, "edges": edges, "kl": kl, "psnr": -10 * (error.detach().clamp(-2, 2).square().mean() / 4).log10()}
+    return loss, {name: float(value.detach()) for name, value in parts.items()}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates (Muon, Jordan et al. 2024), for convolution weights seen as matrices.
+
+    The update's root mean square is 0.2, as with Adam, so both take the same learning rate (Liu et al. 2025).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                shapes[p.shape].append(p)
+            for members in shapes.values():
+                updates = []
+                for p in members:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(mean, group["momentum"]).flatten(1))
+                for p, update in zip(members, orthogonal(torch.stack(updates)), strict=True):
+                    p.add_(update.view(p.shape), alpha=-0.2 * max(update.shape) ** 0.5 * group["lr"])
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (N, R, C) with their singular values moved to about 1, by Newton-Schulz iteration in bfloat16."""
+    tall = x.shape[1] > x.shape[2]
+    y = (x.mT if tall else x).bfloat16()
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    return (y.mT if tall else y).float()
+
+
+class Trainer:
+    """Model, optimiser and averaged weights; `state` and `load` make a run continue exactly."""
+
+    def __init__(self, config: VaeTraining, vae: AutoencoderKLWan | None = None, fused: bool = False) -> None:
+        self.config, self.step = config, 0
+        torch.manual_seed(config.seed)
+        self.vae = vae or new_vae()
+        channels_last(self.vae)
+        self.model = OnePass(self.vae, fused)
+        self.average = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
+        ends = (self.vae.encoder.conv_in.weight, self.vae.decoder.conv_out.weight)
+        inner = [p for p in self.vae.parameters() if p.dim() >= 4 and not any(p is q for q in ends) and p.shape[1:].numel() > 1]
+        others = [p for p in self.vae.parameters() if not any(p is q for q in inner)]
+        adam = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+        self.optimisers = [adam, Muon(inner, lr=config.learning_rate)]
+
+    def update(self) -> dict[str, float]:
+        """One optimiser step; with torch.distributed the gradients are averaged over the processes. Raises if not finite."""
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        x, mask = batch(self.config, self.step, rank)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 64 + rank)
+        loss, parts = loss_of(self.config, self.model, x, mask, generator)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"step {self.step}: loss is {loss.item()}; continue from the checkpoint with a lower learning rate")
+        loss.backward()
+        parameters = list(self.vae.parameters())
+        for p in parameters:  # one-frame batches leave the convolutions over time without a gradient
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if ranks > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters])
+            dist.all_reduce(flat)
+            for p, grad in zip(parameters, flat.div_(ranks).split([p.numel() for p in parameters]), strict=True):
+                p.grad.copy_(grad.view(p.shape))
+        parts["grad"] = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.config.rate(self.step)
+            optimiser.step()
+        self.vae.zero_grad()
+        self.step += 1
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        values = self.vae.state_dict()
+        torch._foreach_lerp_([self.average[name] for name in values], list(values.values()), 1 - decay)
+        return {"loss": float(loss.detach()), **parts}
+
+    def averaged(self) -> AutoencoderKLWan:
+        """A copy of the model with the averaged weights."""
+        vae = AutoencoderKLWan.from_config(self.vae.config)
+        vae.load_state_dict(self.average)
+        return vae.eval()
+
+    def state(self) -> dict:
+        return {
+            "step": self.step,
+            "vae": self.vae.state_dict(),
+            "average": self.average,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+
+    def load(self, state: dict) -> None:
+        self.step = state["step"]
+        self.vae.load_state_dict(state["vae"])
+        self.average = {name: value.clone() for name, value in state["average"].items()}
+        for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(values)
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Write the checkpoint beside `path`, then rename: never a broken file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(trainer.state(), temporary)
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKLWan, seed: int, count: int = 8, frames: int = CLIP, split: Split = "any") -> dict[str, float]:
+    """PSNR in dB of `vae` itself on fresh clips: all pixels, the objects' pixels, first frames, and the worst clip."""
+    clips = render([sample_scene(seed, index, split=split) for index in range(count)], frames)
+    x = to_pixels(clips)
+    y = torch.cat([vae.decode(vae.encode(piece).latent_dist.mode()).sample for piece in x.split(4)])
+    square, mask = (y - x).square().mean(1) / 4, foreground(clips, backdrop(clips))
+
+    def decibel(error: Tensor) -> float:
+        return -10 * math.log10(max(error.mean().item(), 1e-10))
+
+    worst = min(decibel(clip) for clip in square)
+    return {"psnr": decibel(square), "objects": decibel(square[mask]), "first": decibel(square[:, 0]), "worst": worst}
+
+
+@torch.no_grad()
+def export(
+    vae: AutoencoderKLWan, folder: str | Path, seed: int = 1, count: int = 256, frames: int = CLIP, floor: float = 0.1
+) -> dict[str, list[float]]:
+    """Write the diffusers folder, with the mean and standard deviation of the latents of `count` clips in its config.
+
+    A channel's deviation is at least `floor` times the mean deviation: a channel that carries nothing stays near zero
+    when standardised, instead of becoming noise of unit variance. Returns the measured `mean` and `std`, before that.
+    """
+    vae = vae.float().eval()
+    scenes = (sample_scene(seed, index) for index in range(count))
+    latents = torch.cat([vae.encode(to_pixels(render([scene], frames))).latent_dist.mode() for scene in scenes])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.clamp_min(floor * std.mean()).tolist())
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.contiguous()
+    vae.save_pretrained(folder)
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def train(config: VaeTraining, folder: Path, fused: bool = True, log_every: int = 25, save_every: int = 250) -> Trainer:
+    """Train to `config.steps`, from `folder/vae.pt` if it is there; the first process prints and saves."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    trainer = Trainer(config, fused=fused)
+    path = folder / "vae.pt"
+    if path.exists():
+        trainer.load(torch.load(path, weights_only=True))
+    begin, clock, recent = trainer.step, time.monotonic(), []
+    while trainer.step < config.steps:
+        recent.append(trainer.update())
+        done = trainer.step == config.steps
+        if first and (trainer.step % log_every == 0 or done):
+            pace = (trainer.step - begin) / (time.monotonic() - clock)
+            means = "  ".join(f"{name} {np.mean([parts[name] for parts in recent]):.4f}" for name in recent[0])
+            left = (config.steps - trainer.step) / pace
+            sys.stderr.write(f"step {trainer.step}/{config.steps}  {means}  {pace:.2f} steps/s  {left / 60:.1f} min left\n")
+            recent.clear()
+        if first and (trainer.step % save_every == 0 or done):
+            save(trainer, path)
+            found = measure(trainer.averaged(), seed=10**6, count=4, frames=9)
+            sys.stderr.write(
+                "  averaged weights, fresh clips:  " + "  ".join(f"{name} {value:.2f} dB" for name, value in found.items()) + "\n"
+            )
+    return trainer
+
+
+def main() -> None:
+    """Command line: train, and export where asked."""
+    parser = argparse.ArgumentParser(description="Train the small video VAE on toybox clips.")
+    parser.add_argument("folder", type=Path, help="where the checkpoint vae.pt goes; a run found there is continued")
+    parser.add_argument("--export", type=Path, help="folder to write the trained model to, in the diffusers layout")
+    parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
+    for name, field in VaeTraining.model_fields.items():
+        if field.annotation in (int, float):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=field.annotation, default=field.default, help="default: %(default)s")
+    options = vars(parser.parse_args())
+    folder, target, fused = options.pop("folder"), options.pop("export"), not options.pop("no_fused")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+        torch.set_num_threads(1)
+    trainer = train(VaeTraining.parse(options), folder, fused)
+    if target and (not dist.is_initialized() or dist.get_rank() == 0):
+        std = sorted(export(trainer.averaged(), target)["std"])
+        sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[24]:.3f}\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The small VAE: the one-pass function is the VAE's own, a step learns, a stopped run continues exactly, the export loads."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from reelflow.data.toybox import render, sample_scene
+from reelflow.training.vae import OnePass, Trainer, VaeTraining, batch, export, loss_of, measure, new_vae, orthogonal, save, to_pixels
+
+SMALL = VaeTraining(pixels=5 * 32 * 32, shapes=((1, 32), (5, 32)), last_share=0.0, steps=10, warmup=2)
+
+
+def shaken_vae() -> AutoencoderKLWan:
+    """A new VAE whose norms and biases are random, so that a mistake in them shows."""
+    torch.manual_seed(1)
+    vae = new_vae().eval()
+    for parameter in vae.parameters():
+        if parameter.shape[1:].numel() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return vae
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+@torch.no_grad()
+def test_one_pass_is_the_chunked_vae(frames: int) -> None:
+    vae = shaken_vae()
+    x, z = torch.rand(2, 3, frames, 64, 48) * 2 - 1, torch.randn(2, 48, 1 + frames // 4, 4, 3)
+    torch.testing.assert_close(OnePass(vae).encode(x), vae.encode(x).latent_dist.parameters, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(OnePass(vae).decode(z).clamp(-1, 1), vae.decode(z).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_steps_lower_the_loss_of_a_fixed_batch() -> None:
+    trainer = Trainer(SMALL)
+    before = copy.deepcopy(trainer.vae.state_dict())
+    x, mask = batch(SMALL, 0)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(loss_of(SMALL, trainer.model, x, mask, torch.Generator().manual_seed(0))[0])
+
+    first = loss()
+    for _ in range(6):
+        trainer.update()
+    assert loss() < 0.9 * first
+    assert all(not torch.equal(value, before[name]) for name, value in trainer.vae.state_dict().items())
+
+
+def test_a_stopped_run_continues_exactly(tmp_path: Path) -> None:
+    whole = Trainer(SMALL)
+    for _ in range(4):
+        whole.update()
+    part = Trainer(SMALL)
+    for _ in range(2):
+        part.update()
+    save(part, tmp_path / "vae.pt")
+    rest = Trainer(SMALL.model_copy(update={"seed": 0}))
+    rest.load(torch.load(tmp_path / "vae.pt", weights_only=True))
+    for _ in range(2):
+        rest.update()
+    for name, value in whole.state()["average"].items():
+        assert torch.equal(value, rest.state()["average"][name]), name
+
+
+def test_batches_follow_from_seed_step_and_rank() -> None:
+    assert torch.equal(batch(SMALL, 3)[0], batch(SMALL, 3)[0])
+    assert not torch.equal(batch(SMALL, 3)[0][:1, :, :1], batch(SMALL, 3, rank=1)[0][:1, :, :1])
+
+
+def test_orthogonal_update_has_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 8, 40)))
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+@torch.no_grad()
+def test_export_loads_with_the_statistics_of_its_latents(tmp_path: Path) -> None:
+    vae = shaken_vae()
+    found = export(vae, tmp_path, seed=5, count=2, frames=5)
+    loaded = AutoencoderKLWan.from_pretrained(tmp_path).eval()
+    x = to_pixels(render([sample_scene(5, index) for index in range(2)], 5))
+    mean = loaded.encode(x).latent_dist.mode()
+    assert mean.shape == (2, 48, 2, 8, 8)
+    torch.testing.assert_close(mean, vae.encode(x).latent_dist.mode())
+    torch.testing.assert_close(torch.tensor(loaded.config.latents_mean), mean.mean((0, 2, 3, 4)), atol=1e-5, rtol=1e-4)
+    std = torch.tensor(found["std"])
+    torch.testing.assert_close(torch.tensor(loaded.config.latents_std), std.clamp_min(0.1 * std.mean()))
+
+
+@torch.no_grad()
+def test_the_shipped_vae_is_faithful_to_toybox() -> None:
+    folder = Path(__file__).parents[2] / "src/reelflow/weights/mini/vae"
+    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    for split in ("train", "held_out"):
+        found = measure(vae, seed=123, count=3, frames=17, split=split)
+        assert found["psnr"] > 30, (split, found)
