@@ -17,8 +17,6 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
     Raises:
         ValueError: unknown model, missing or unfitting files, a family that is not here.
     """
-    import torch
-
     from reelflow.adapters.hub import resolve
     from reelflow.pipelines.starflow import StarFlowPipeline
 
@@ -27,10 +25,22 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
         raise ValueError(f"{folder}: a single file; turn it into a model folder with: reelflow models convert {folder} -o FOLDER")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision {precision!r} is not one of float32, bfloat16")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: PyTorch sees no CUDA GPU here; use --device cpu")
-    return StarFlowPipeline.load(folder, chosen, precision)
+    return StarFlowPipeline.load(folder, _device(device), precision)
+
+
+def _device(asked: Device | None) -> Device:
+    """The device asked for, or a GPU if there is one. Raises ValueError where PyTorch cannot use it."""
+    import torch
+
+    found = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError) as error:  # its wording for what this build or this machine lacks
+        reason = str(error).splitlines()[0].partition(":")[0][:100]
+        raise ValueError(f"device {str(asked)!r} cannot be used here ({reason}); use cpu, or see: reelflow doctor") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no values; use cpu, or see: reelflow doctor")
+    return device
 
 
 __all__ = ["Encoding", "Pipeline", "Score", "load"]

@@ -25,6 +25,8 @@ from reelflow.media.picture import picture_rgb
 Device = str | torch.device
 Precision = Literal["float32", "bfloat16"]
 Picture = str | Path | Image.Image | np.ndarray | Clip
+LONGEST = 3600
+"""Seconds: what a clip in memory may have."""
 Progress = Callable[[str, float], None]
 """Called with the phase and the share of it that is done, 0 … 1."""
 
@@ -98,10 +100,11 @@ class Encoding:
 
         weights = read_weights(path)
         with safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {}).get("reelflow", "null"))
-        if about is None or list(weights) != ["z"]:
-            raise ValueError(f"{path}: not an encoding; make one with: reelflow encode VIDEO -o z.safetensors")
-        return cls(z=weights["z"], **about)
+            said = (file.metadata() or {}).get("reelflow", "")
+        try:
+            return cls(z=weights["z"], **json.loads(said))
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError(f"{path}: not an encoding; make one with: reelflow encode VIDEO -o z.safetensors") from None
 
 
 class Pipeline:
@@ -187,6 +190,23 @@ def picture(source: Picture) -> Clip:
 def say(message: str) -> None:
     """Tell the user of something done to the input (the command line prints it as one line)."""
     warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def spoken(prompt: str, task: str) -> str:
+    """The prompt of a task that needs one. Raises ValueError where it is empty."""
+    if not prompt.strip():
+        raise ValueError(f"the prompt {prompt!r} is empty; say what {'should change' if task == 'edit' else 'the video should show'}")
+    return prompt
+
+
+def check_length(seconds: float | None, frames: int | None) -> None:
+    """Raise ValueError for a length that no model makes: both given, not above 0, or over `LONGEST`."""
+    if seconds is not None and frames is not None:
+        raise ValueError(f"seconds {seconds:g} and frames {frames} are both given; give one of them")
+    if seconds is not None and positive("seconds", seconds) > LONGEST:
+        raise ValueError(f"seconds {seconds:g} is over the limit of {LONGEST}; make shorter clips and join them")
+    if frames is not None and not 1 <= frames <= 30 * LONGEST:
+        raise ValueError(f"frames {frames} is not usable; give 1 … {30 * LONGEST}")
 
 
 def positive(name: str, value: float) -> float:

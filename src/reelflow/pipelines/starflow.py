@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,11 +31,12 @@ from reelflow.pipelines.base import (
     Precision,
     Progress,
     Score,
+    check_length,
     new_seed,
     picture,
-    positive,
     say,
     silent,
+    spoken,
 )
 from reelflow.sampling import Report, Schedule, default_context, sample
 
@@ -56,6 +57,10 @@ class Sampling:
     schedule: Schedule = Schedule()
     denoise: bool = True
     context: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and not 0 <= self.guidance < inf:
+            raise ValueError(f"guidance {self.guidance} is not usable; give a number ≥ 0 (0 switches it off)")
 
 
 class StarFlowPipeline(Pipeline):
@@ -98,8 +103,7 @@ class StarFlowPipeline(Pipeline):
     ) -> list[Clip]:  # fmt: skip
         """Several prompts at once, each with its seed; a clip does not depend on the others of its batch."""
         for prompt in prompts:
-            if not prompt.strip():
-                raise ValueError("the prompt is empty; say what the video should show")
+            spoken(prompt, "generate")
         length = self._length(seconds, frames)
         shape = self.codec.latent_shape(length, *self.frame_size(aspect))
         noise = torch.stack([self._noise(seed, shape) for seed in seeds])
@@ -128,8 +132,7 @@ class StarFlowPipeline(Pipeline):
     ) -> Clip:  # fmt: skip
         """Video and instruction → video of the same length (at most the trained one; the rest is left out, and said so)."""
         self.require("edit")
-        if not prompt.strip():
-            raise ValueError("the instruction is empty; say what should change")
+        spoken(prompt, "edit")
         seed = new_seed(seed)
         source, aspect = self._source(clip, self.about.frames)
         given = self._latents(source)
@@ -151,7 +154,8 @@ class StarFlowPipeline(Pipeline):
         seed = new_seed(seed)
         step = self.codec.temporal_factor
         source, aspect = self._source(clip, None)
-        wanted = round(positive("seconds", seconds) * self.about.fps)
+        check_length(seconds, None)
+        wanted = round(seconds * self.about.fps)
         if wanted <= len(source):
             raise ValueError(f"the video is {source.seconds:.2f} s long already; give more than that for --seconds")
         context = sampling.context or default_context(self.flow.config.window)
@@ -173,8 +177,8 @@ class StarFlowPipeline(Pipeline):
         source, aspect = self._source(clip, None)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
         states = self._states([prompt], aspect, image=len(source) == 1)
-        later = self._later([prompt], aspect)
         window, frames = self.flow.config.window, x.shape[1]
+        later = self._later([prompt], aspect) if frames > window else None
         context, parts, start, skip = default_context(window), [], 0, 0
         with torch.no_grad():
             while start + skip < frames:
@@ -221,6 +225,7 @@ class StarFlowPipeline(Pipeline):
     ) -> Iterator[Clip]:  # fmt: skip
         """`generate` in pieces: the same clip, decoded latent frame by latent frame."""
         self.require("generate")
+        spoken(prompt, "generate")
         seed, length = new_seed(seed), self._length(seconds, frames)
         shape = self.codec.latent_shape(length, *self.frame_size(aspect))
         latents, used = self._sample([prompt], self._noise(seed, shape)[None], None, sampling, progress, aspect=aspect)
@@ -249,12 +254,13 @@ class StarFlowPipeline(Pipeline):
         return min(usable, key=distance)
 
     def _length(self, seconds: float | None, frames: int | None) -> int:
+        check_length(seconds, frames)
         if frames is not None:
             return frames
         if seconds is None:
             return self.about.frames
         step = self.codec.temporal_factor
-        return 1 + step * round(max(0.0, positive("seconds", seconds) * self.about.fps - 1) / step)
+        return 1 + step * round(max(0.0, seconds * self.about.fps - 1) / step)
 
     def _fit(self, clip: Clip) -> tuple[Clip, str]:
         """Centre-crop to the nearest aspect of the model and resize to its size there."""
@@ -326,9 +332,11 @@ class StarFlowPipeline(Pipeline):
         if given_1FChw is not None:
             noisy = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1))
             prefix = noisy.to(self.device)
+        given, places = 0 if prefix is None else prefix.shape[1], noise_BFChw[0, 0, 0].numel()
+        steps = places * (frames - given + len(config.layers) - 1)  # the shallow blocks take all frames at once
         latents, reports = sample(
             self.flow, noise_BFChw.to(self.device), states, guidance, prefix, window, sampling.context, later, sampling.schedule,
-            _tokens_to_share(progress, frames * noise_BFChw[0, 0, 0].numel() * len(self.flow.config.layers)),
+            _tokens_to_share(progress, steps),
         )  # fmt: skip
         if not torch.isfinite(latents).all():
             raise ValueError("sampling gave values that are not finite; lower the guidance, or use --precision float32")

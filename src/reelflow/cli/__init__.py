@@ -1,0 +1,12 @@
+"""The command line: parse, call, print. What a command does is in the library; `reelflow COMMAND --help` says what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 done, 1 failure, 2 wrong usage or bad input, 130 interrupted."""
+    from reelflow.cli.app import run
+
+    return run(argv)

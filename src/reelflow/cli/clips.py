@@ -1,0 +1,117 @@
+"""generate, animate, edit, extend: commands that make a clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reelflow.cli.job import ClipJob
+from reelflow.cli.options import Length, Making, Part, takes
+
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="mp4, mov, mkv, webm, avi, gif, or a folder of numbered pictures.")]
+OptionalPrompt = Annotated[str, typer.Argument(metavar="[PROMPT]", help="What happens, in words.", show_default=False)]
+
+
+@takes(length=Length, options=Making)
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")],
+    length: Length,
+    options: Making,
+    aspect: Annotated[
+        str,
+        typer.Option(metavar="W:H", help="Width to height: 1:1, 2:3, 3:2, 16:9, 9:16, 4:5, 5:4, 21:9 or 9:21; some models make 1:1 only."),
+    ] = "1:1",
+) -> None:
+    """Make a video from a prompt.
+
+    reelflow generate "a red ball moves right on a black background" --seed 0 -o ball.mp4
+    """
+    from reelflow.pipelines.base import check_length, spoken
+
+    spoken(prompt, "generate")
+    check_length(length.seconds, length.frames)
+    job = ClipJob(options, prompt, options.seed, still=length.frames == 1)
+    with job.loaded() as pipe:
+        clip = pipe.generate(
+            prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, aspect=aspect, sampling=job.sampling, progress=job.report
+        )
+        job.write(clip)
+    job.tell(clip)
+
+
+@takes(length=Length, options=Making)
+def animate(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture, any size and mode; of a video the first frame.")],
+    length: Length,
+    options: Making,
+    prompt: OptionalPrompt = "",
+) -> None:
+    """Make a video that begins with a picture.
+
+    reelflow animate photo.jpg "a red ball moves right" -o moving.mp4
+    """
+    from reelflow.pipelines.base import check_length, picture
+
+    check_length(length.seconds, length.frames)
+    job = ClipJob(options, prompt or f"animated {Path(image).stem}", options.seed)
+    first = picture(image)
+    with job.loaded() as pipe:
+        clip = pipe.animate(
+            first, prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, sampling=job.sampling, progress=job.report
+        )
+        job.write(clip)
+    job.tell(clip)
+
+
+@takes(part=Part, options=Making)
+def edit(
+    video: Video,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to change.")],
+    part: Part,
+    options: Making,
+) -> None:
+    """Change a video as an instruction says; the result is as long as the video, at most the trained length.
+
+    reelflow edit ball.mp4 "make the ball blue" -o blue.mp4
+    """
+    from reelflow.clip import Clip
+    from reelflow.pipelines.base import spoken
+
+    spoken(prompt, "edit")
+    job = ClipJob(options, prompt, options.seed)
+    source = Clip.open(video, part.max_frames, part.start)
+    with job.loaded() as pipe:
+        clip = pipe.edit(source, prompt, seed=job.seed, sampling=job.sampling, progress=job.report)
+        job.write(clip)
+    job.tell(clip)
+
+
+@takes(part=Part, options=Making)
+def extend(
+    video: Video,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length in all, in seconds; more than the video has.")],
+    part: Part,
+    options: Making,
+    prompt: OptionalPrompt = "",
+) -> None:
+    """Continue a video; its own frames stay as they are, at the model's size and rate.
+
+    reelflow extend ball.mp4 --seconds 30 -o long.mp4
+    """
+    from reelflow.clip import Clip
+    from reelflow.pipelines.base import check_length
+
+    check_length(seconds, None)
+    job = ClipJob(options, prompt or f"extended {Path(video).stem}", options.seed)
+    source = Clip.open(video, part.max_frames, part.start)
+    with job.loaded() as pipe:
+        clip = pipe.extend(source, prompt, seconds=seconds, seed=job.seed, sampling=job.sampling, progress=job.report)
+        job.write(clip)
+    job.tell(clip)
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (generate, animate, edit, extend):
+        app.command()(command)

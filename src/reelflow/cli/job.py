@@ -1,0 +1,123 @@
+"""One command on one model: what can be checked is checked, then the model is loaded, and the result written and told."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reelflow.cli.options import Making, OnModel, Solving, Writing
+from reelflow.cli.screen import Report, Screen
+
+if TYPE_CHECKING:
+    from reelflow.clip import Clip
+    from reelflow.pipelines import Pipeline
+    from reelflow.pipelines.starflow import Sampling
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ValueError where no file can be made beside `path`."""
+    folder = Path(path).parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written, {folder}: {error.strerror}; choose another folder") from None
+
+
+def check_file(path: str | Path, suffix: str) -> None:
+    """Raise ValueError where `path` does not end with `suffix` or cannot be written."""
+    if Path(path).suffix.lower() != suffix or Path(path).is_dir():
+        raise ValueError(f"{path} is not a name for the result; give a file name that ends with {suffix}")
+    check_writable(path)
+
+
+def check_clip_output(path: str | Path) -> str:
+    """The kind of file. Raises ValueError where no clip can be written to `path`."""
+    from reelflow.clip import check_output
+
+    kind = check_output(path)
+    check_writable(path)
+    return kind
+
+
+def new_name(words: str, seed: int) -> str:
+    """A name in the current folder that nothing has yet: the words, the seed, and a number where needed."""
+    slug = re.sub(r"[^\w]+", "-", words.lower()).strip("-_")[:50].rstrip("-") or "clip"
+    names = (f"{slug}-{seed}{suffix}.mp4" for suffix in ("", *(f"-{i}" for i in range(1, 10_000))))
+    return next(name for name in names if not Path(name).exists())
+
+
+class Job:
+    """A command while it runs."""
+
+    def __init__(self, options: OnModel):
+        self.options, self.began = options, time.perf_counter()
+        self.screen = Screen(options.json, options.quiet)
+        self.report: Report = lambda phase, share: None
+
+    @contextmanager
+    def loaded(self) -> Iterator[Pipeline]:
+        """The model, with progress on the screen until the block ends; says the licence of published weights."""
+        import reelflow
+        from reelflow.adapters.hub import licence_notice
+
+        options = self.options
+        with self.screen.progress() as self.report:
+            self.report("loading", 0.0)
+            pipe = reelflow.load(options.model, options.device, options.precision)
+            notice = licence_notice(options.model) or licence_notice(pipe.about.licence)
+            if notice:
+                warnings.warn(notice, UserWarning, stacklevel=1)
+            yield pipe
+
+    @property
+    def took(self) -> float:
+        """Seconds since the command began."""
+        return round(time.perf_counter() - self.began, 2)
+
+
+class ClipJob(Job):
+    """A command that makes a clip. Raises ValueError, before anything is loaded, for settings and a place that cannot be used."""
+
+    def __init__(self, options: Writing, words: str, seed: int | None, still: bool = False):
+        from reelflow.pipelines.base import new_seed
+
+        super().__init__(options)
+        self.seed, self.metadata = new_seed(seed), options.metadata
+        self.sampling = sampling(options)
+        self.output = options.output or new_name(words, self.seed)
+        kind = check_clip_output(self.output)
+        if kind == ".png" and not still:
+            raise ValueError(f"{self.output} holds one frame; use .mp4, .webm, .gif, a folder, or ask for --frames 1")
+
+    def write(self, clip: Clip) -> None:
+        self.report("writing", 0.0)
+        clip.save(self.output, metadata=self.metadata)
+
+    def tell(self, clip: Clip) -> None:
+        """One line: file, frames × size, seconds, seed, passes, time."""
+        made = clip.metadata
+        values: dict[str, Any] = {
+            "file": self.output, "frames": len(clip), "width": clip.width, "height": clip.height, "fps": clip.fps,
+            "seconds": round(clip.seconds, 3), "seed": made["seed"], "model": made["model"], "revision": made["revision"],
+            "settings": made["settings"], "reports": made["reports"], "times": made["seconds"], "took": self.took,
+        }  # fmt: skip
+        passes = ", ".join(f"{report['passes']} {kind}" for kind, report in made["reports"].items())
+        words = f"{self.output}: {len(clip)} frames × {clip.width} × {clip.height}, {clip.seconds:.2f} s at {clip.fps:g} per second"
+        self.screen.result(values, f"{words} · seed {made['seed']} · {passes} passes · took {self.took:.1f} s")
+
+
+def sampling(options: Solving) -> Sampling:
+    """The settings as the pipelines take them. Raises ValueError for values that are not usable."""
+    from reelflow.pipelines.starflow import Sampling
+    from reelflow.sampling import Schedule
+
+    schedule = Schedule(options.sampler, options.tolerance)
+    if isinstance(options, Making):
+        return Sampling(guidance=options.guidance, schedule=schedule, denoise=options.denoise)
+    return Sampling(schedule=schedule)

@@ -1,0 +1,157 @@
+"""The options that commands share, each declared once: fields of a dataclass that become options of a command."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+MACHINE, SAMPLING, OUTPUT = "Model and machine", "Sampling", "Output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printing:
+    """What is printed."""
+
+    json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="One line of JSON on stdout instead of words; everything else on stderr.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="No progress; results and notes only.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnModel(Printing):
+    """Which model, and where it runs."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="NAME|FOLDER|HF-ID|FILE", rich_help_panel=MACHINE,
+            help="Packaged name (see: reelflow models list), model folder, or Hugging Face id org/name, which is downloaded once. "
+            "A checkpoint file is converted first: reelflow models convert.",
+        ),
+    ] = "mini"  # fmt: skip
+    device: Annotated[
+        str | None,
+        typer.Option("--device", rich_help_panel=MACHINE, help="cpu, cuda, cuda:1 … \\[default: cuda where there is a GPU, else cpu]"),
+    ] = None
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option("--precision", rich_help_panel=MACHINE, help="Of the transformer layers. bfloat16: half their memory, less exact."),
+    ] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solving(OnModel):
+    """How the flow is inverted."""
+
+    sampler: Annotated[
+        Literal["jacobi", "sequential"],
+        typer.Option("--sampler", rich_help_panel=SAMPLING, help="jacobi: many tokens a pass, to the tolerance. sequential: one by one."),
+    ] = "jacobi"
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance", metavar="0…0.1", rich_help_panel=SAMPLING,
+            help="jacobi: a token is settled when a pass moves it by no more than this, in units of its own standard deviation; 0: exact.",
+        ),
+    ] = 1e-3  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing(Solving):
+    """A clip is written."""
+
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", rich_help_panel=OUTPUT,
+            help=".mp4, .webm, .gif, .png (one frame), or a folder (no extension) for numbered PNGs; an existing file of that name is "
+            "replaced. \\[default: a new name from prompt and seed, .mp4, in the current folder]",
+        ),
+    ] = None  # fmt: skip
+    metadata: Annotated[
+        bool,
+        typer.Option(" /--no-metadata", show_default=False, rich_help_panel=OUTPUT, help="Do not write into the file how it was made."),
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making(Writing):
+    """A clip is sampled."""
+
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", rich_help_panel=SAMPLING, metavar="0…2^63−1",
+            help="The same seed gives the same clip on every device. \\[default: random, printed and stored in the file]",
+        ),
+    ] = None  # fmt: skip
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance", rich_help_panel=SAMPLING, metavar="W≥0",
+            help="Weight of the prompt; 0 switches it off and halves the work of the deep block. \\[default: the model's own]",
+        ),
+    ] = None  # fmt: skip
+    denoise: Annotated[
+        bool,
+        typer.Option(
+            " /--no-denoise",
+            show_default=False,
+            rich_help_panel=SAMPLING,
+            help="Leave the noise that the model was trained with in the clip.",
+        ),
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long a new clip is."""
+
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", metavar="S>0", help="Length in seconds, to the nearest the model makes. \\[default: the trained one]"),
+    ] = None
+    frames: Annotated[
+        int | None, typer.Option("--frames", metavar="1+4k", help="Length in frames instead: 1, 5, 9 … (1 + 4k with a video model).")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Which part of a given video is used."""
+
+    start: Annotated[float, typer.Option("--start", metavar="S≥0", help="Seconds of the video to leave out at its beginning.")] = 0.0
+    max_frames: Annotated[
+        int | None, typer.Option("--max-frames", metavar="N≥1", help="Read at most so many of its frames. \\[default: all]")
+    ] = None
+
+
+def takes(**kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the fields of dataclasses as options: `@takes(options=Making)` calls it with `options=Making(…)`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in kinds]
+        added = []
+        for kind in kinds.values():
+            hints = get_type_hints(kind, include_extras=True)
+            added += [
+                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]) for f in fields(kind)
+            ]
+
+        @wraps(function)
+        def command(**given: Any) -> Any:
+            made = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in kinds.items()}
+            return function(**given, **made)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate

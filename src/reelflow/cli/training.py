@@ -1,0 +1,77 @@
+"""train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from reelflow.cli.job import check_writable
+from reelflow.cli.options import OUTPUT, Printing, takes
+from reelflow.cli.screen import Screen, tell
+
+
+@takes(options=Printing)
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how; see examples/.")],
+    options: Printing,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings in place of the file's; dots reach inside: flow.width=256")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", rich_help_panel=OUTPUT, help="For checkpoint, log and model. \\[default: runs/NAME of the file]"),
+    ] = None,
+) -> None:
+    """Train a model. A folder with a checkpoint is resumed where it stopped.
+
+    reelflow train examples/mini.yaml lr=1e-4 --folder runs/first
+    """
+    from reelflow.training.config import TrainConfig
+
+    settings = TrainConfig.load(config, overrides)
+    folder = folder or Path("runs") / config.stem
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    check_writable(existing / folder.name)
+    from reelflow.training.run import run
+
+    rows: list[dict[str, Any]] = []
+    screen = Screen(options.json, options.quiet)
+    with _bar(screen, settings.steps) as bar:
+        (task,) = bar.task_ids
+
+        def on_log(row: dict[str, Any]) -> None:
+            rows[:] = [row]
+            bar.update(task, completed=row["step"], description=_words(row))
+            if not screen.live and not options.quiet:
+                tell(f"step {row['step']}/{settings.steps} · {_words(row)}")
+
+        try:
+            run(settings, folder, on_log)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{folder} holds the last checkpoint; the same command goes on from there") from None
+    last = rows[0] if rows else {}
+    words = f"{folder}: {settings.steps} steps · {_words(last)}" if last else f"{folder}: had all of its {settings.steps} steps already"
+    screen.result({"folder": str(folder), "steps": settings.steps, **json.loads(json.dumps(last))}, words)
+
+
+def _bar(screen: Screen, steps: int) -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=screen.console, disable=not screen.live)
+    bar.add_task("starting", total=steps)
+    return bar
+
+
+def _words(row: dict[str, Any]) -> str:
+    left = int(row.get("seconds_left", 0))
+    return (
+        f"loss {row['loss']:.4f} · {row['bits_per_dim']:.3f} bits/dim · gradient {row['grad_norm']:.3g} · "
+        f"{row['tokens_per_second']} tokens/s · {left // 3600}:{left % 3600 // 60:02}:{left % 60:02} left"
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(train)

@@ -1,0 +1,104 @@
+"""What this machine can run, and what would be chosen on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import reelflow
+
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub", "av", "Pillow", "numpy", "typer", "rich", "pydantic")
+CPU_FEATURES = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 bf16": "avx512_bf16", "AMX bf16": "amx_bf16", "AMX int8": "amx_int8"}
+"""What PyTorch's kernels make use of: name → flag in /proc/cpuinfo."""
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Topic → findings, JSON-able: system, processor, memory, gpu, libraries, encoders, models, chosen."""
+    from reelflow.adapters.hub import packaged
+
+    gpus = _gpus()
+    return {
+        "system": {"reelflow": reelflow.__version__, "python": platform.python_version(), "platform": platform.platform()},
+        "processor": _processor(),
+        "memory": _memory(),
+        "gpu": gpus or {"found": "none that PyTorch can use"},
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "encoders": _encoders(),
+        "models": {"packaged": list(packaged())},
+        "chosen": {"device": "cuda" if gpus.get("cuda:0") else "cpu", "precision": "float32", **_advice(gpus)},
+    }
+
+
+def _processor() -> dict[str, Any]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "cores": usable,
+        "threads of PyTorch": torch.get_num_threads(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {"name": platform.processor() or platform.machine(), **found}
+    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    features = [name for name, flag in CPU_FEATURES.items() if flag in flags]
+    return {"name": facts.get("model name", platform.machine()), **found, "features": features}
+
+
+def _memory() -> dict[str, str]:
+    """Of the machine, or less where a control group limits it."""
+    if sys.platform == "win32":
+        return {"total": "not known here"}
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(name).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return {"total": f"{total / 2**30:.1f} GiB"}
+
+
+def _gpus() -> dict[str, str]:
+    import torch
+
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        bf16 = "bfloat16" if about.major >= 8 else "no fast bfloat16"
+        found[f"cuda:{index}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, {bf16}"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _encoders() -> dict[str, str]:
+    """Kind of file → the encoder that would write it."""
+    import av
+
+    from reelflow.media.write import VIDEO_FORMS
+
+    kinds = {
+        suffix: next((name for name in form.encoders if name in av.codecs_available), "missing") for suffix, form in VIDEO_FORMS.items()
+    }
+    return {**kinds, ".png": "Pillow"}
+
+
+def _advice(gpus: dict[str, str]) -> dict[str, str]:
+    if gpus:
+        return {"advice": "published models: --precision bfloat16 halves their memory"}
+    return {"advice": "no GPU: use the small packaged models; the published ones of 3 and 7 billion parameters want a GPU"}
