@@ -63,6 +63,10 @@ class Sampling:
             raise ValueError(f"guidance {self.guidance} is not usable; give a number ≥ 0 (0 switches it off)")
 
 
+EXACTLY = Sampling(schedule=Schedule(tolerance=1e-6))
+"""For decoding: so close that an encoding's latents come back to 1e-4."""
+
+
 class StarFlowPipeline(Pipeline):
     """A flow with its video codec and text encoder."""
 
@@ -176,7 +180,7 @@ class StarFlowPipeline(Pipeline):
         """
         source, aspect = self._source(clip, None)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
-        states = self._states([prompt], aspect, image=len(source) == 1)
+        states = self.states([prompt], aspect, image=len(source) == 1)
         window, frames = self.flow.config.window, x.shape[1]
         later = self._later([prompt], aspect) if frames > window else None
         context, parts, start, skip = default_context(window), [], 0, 0
@@ -200,11 +204,11 @@ class StarFlowPipeline(Pipeline):
         source, aspect = self._source(clip, self.about.frames)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
         with torch.no_grad():
-            z = self.flow(x.to(self.device), self._states([prompt], aspect, image=len(source) == 1)).z
+            z = self.flow(x.to(self.device), self.states([prompt], aspect, image=len(source) == 1)).z
         progress("encoding", 1.0)
         return Encoding(z[0].cpu(), prompt, source.fps, seed, self.about.name, self.about.revision)
 
-    def decode(self, encoding: Encoding, *, sampling: Sampling = Sampling(), progress: Progress = silent) -> Clip:
+    def decode(self, encoding: Encoding, *, sampling: Sampling = EXACTLY, progress: Progress = silent) -> Clip:
         """Noise → video. The encoding's own data noise is taken away again, or, if it has none, denoised."""
         z = encoding.z
         if (encoding.model, encoding.revision) != (self.about.name, self.about.revision):
@@ -289,7 +293,7 @@ class StarFlowPipeline(Pipeline):
         frames, height, width = shape
         return torch.stack([torch.randn(self.flow.config.channels, height, width, generator=generator) for _ in range(frames)])
 
-    def _states(self, prompts: list[str], aspect: str, image: bool) -> Tensor | None:
+    def states(self, prompts: list[str], aspect: str, image: bool) -> Tensor | None:
         """Text states of wrapped prompts. A prompt longer than the encoder takes is cut, and said so."""
         if self.text is None:
             return None
@@ -309,7 +313,7 @@ class StarFlowPipeline(Pipeline):
         """Text states for windows beyond the trained length, where they differ."""
         if self.about.later_windows == "same":
             return None
-        return self._states([f"(extend) {prompt}" for prompt in prompts], aspect, image=False)
+        return self.states([f"(extend) {prompt}" for prompt in prompts], aspect, image=False)
 
     def _sample(
         self, prompts: list[str], noise_BFChw: Tensor, given_1FChw: Tensor | None, sampling: Sampling, progress: Progress, *,
@@ -321,11 +325,11 @@ class StarFlowPipeline(Pipeline):
         guidance = self.about.guidance if sampling.guidance is None else sampling.guidance
         guidance = guidance if self.text is not None else 0.0
         texts, nulls = [task + prompt for prompt in prompts], [""] * len(prompts)
-        conditional = self._states(texts, aspect, image=frames == 1)
+        conditional = self.states(texts, aspect, image=frames == 1)
         states, later = conditional, None
         beyond = frames > (window or config.window)
         if conditional is not None and guidance:
-            states = torch.cat((conditional, self._states(nulls, aspect, image=frames == 1)))
+            states = torch.cat((conditional, self.states(nulls, aspect, image=frames == 1)))
         if beyond:
             later = self._later(texts + nulls if guidance else texts, aspect)
         prefix = None

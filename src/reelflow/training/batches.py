@@ -84,7 +84,8 @@ class CachedLatents:
             row = int(rng.integers(len(samples.captions)))
             rows.append(self._take(samples, row, bucket, rng))
             phrasings = samples.captions[row]
-            text = phrasings[0] if rng.random() < 0.5 else phrasings[int(rng.integers(len(phrasings)))]
+            usual = min(2, len(phrasings)) if rng.random() < 0.75 else len(phrasings)  # the first ones are the canonical phrasings
+            text = phrasings[int(rng.integers(usual))]
             text = "" if rng.random() < self.config.text_drop else PREFIX[bucket.task] + text
             prompts.append(self.wrap(text, bucket.task))
         return Batch(torch.stack(rows), prompts)

@@ -1,0 +1,165 @@
+"""How well a model knows toybox: its clips, read back by the detector, against what was asked for.
+
+    reelflow evaluate toybox --model mini --count 64
+
+Every prompt and seed is fixed, so a number is a number of the model. What is asked:
+
+    one_thing, held_out, two_things   text → video; held_out: colour–shape pairs that training never showed
+    animate                           first frame + caption → video: first frame against the codec's own, thing kept
+    edit                              clip + instruction → the changed scene with the motion kept
+    extend                            clip + caption → 65 frames: colour and shape of the thing in the last 33
+    likelihood                        bits per dimension on train-like and on held-out clips; impossible twins scored lower
+    denoiser                          PSNR of noised latents, decoded: as they are, Tweedie step, learned denoiser
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from reelflow.clip import Clip
+from reelflow.data.scene import Scene, Split, sample_scene
+from reelflow.data.toybox import CLIP, canonical, edit_pair, impossible_twin, render
+from reelflow.denoise import denoise, tweedie
+from reelflow.evaluation.detect import detect, matches
+from reelflow.likelihood import add_noise
+from reelflow.pipelines import Pipeline, load
+from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
+from reelflow.sampling import Schedule
+
+SEED = 20_000
+"""Of the scenes asked for; training uses others."""
+Progress = Callable[[str, float], None]
+
+
+def run(
+    model: str = "mini", device: str | None = None, count: int = 64, seed: int = 0, batch: int = 8, sampler: str = "jacobi",
+    tolerance: float = Schedule().tolerance, guidance: float | None = None, progress: Progress = lambda phase, share: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Rates (0 … 1), bits per dimension and decibels, by task.
+
+    Args:
+        count: clips per text → video row, 1 …; the other tasks take a quarter of it, at least 4.
+        seed: of the clips, 0 …; the scenes asked for stay the same.
+    """
+    if count < 1:
+        raise ValueError(f"count {count} is not usable; give at least 1 clip")
+    pipe: Pipeline = load(model, device)
+    if not isinstance(pipe, StarFlowPipeline):
+        raise ValueError(f"{model} is no flow; toybox is what flows of this package are trained on")
+    sampling = Sampling(guidance, Schedule(sampler, tolerance))
+    few = max(4, count // 4)
+    found: dict[str, Any] = {"model": pipe.about.name, "revision": pipe.about.revision, "count": count, "count_other_tasks": few}
+    for name, split, things in (("one_thing", "train", 1), ("held_out", "held_out", 1), ("two_things", "train", 2)):
+        found[name] = generate(pipe, scenes(count, split, things), seed, batch, sampling, partial(progress, name))
+    tasks = {"animate": animate, "edit": edit, "extend": extend, "likelihood": likelihood, "denoiser": denoiser}
+    for index, (name, measure) in enumerate(tasks.items()):
+        progress("other tasks", index / len(tasks))
+        if name not in ("animate", "edit", "extend") or name in pipe.about.tasks:
+            found[name] = measure(pipe, few, sampling)
+    return found
+
+
+def scenes(count: int, split: Split, things: int) -> list[Scene]:
+    """Scenes without a wall: what a prompt can say."""
+    drawn = (sample_scene(SEED, index, split=split, things=things) for index in range(100 * count))
+    return [scene for scene, _ in zip((s for s in drawn if s.wall is None), range(count), strict=False)]
+
+
+def rates(results: Sequence[dict[str, bool]]) -> dict[str, float]:
+    return {key: round(sum(result[key] for result in results) / len(results), 4) for key in results[0]}
+
+
+def generate(
+    pipe: StarFlowPipeline, wanted: list[Scene], seed: int, batch: int, sampling: Sampling, progress: Callable[[float], None]
+) -> dict[str, float]:
+    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked."""
+    results = []
+    for start in range(0, len(wanted), batch):
+        some = wanted[start : start + batch]
+        clips = pipe.generate_batch([canonical(scene) for scene in some], [seed + start + i for i in range(len(some))], sampling=sampling)
+        results += [matches(detect(clip.frames, len(scene.things)), scene) for clip, scene in zip(clips, some, strict=True)]
+        progress(len(results) / len(wanted))
+    return rates(results)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Decibels between uint8 arrays."""
+    return float(10 * np.log10(255**2 / max(1e-9, np.square(a.astype(float) - b.astype(float)).mean())))
+
+
+def shown(scene: Scene, frames: int = CLIP) -> Clip:
+    return Clip(render([scene], frames)[0].numpy(), 16)
+
+
+def animate(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    results, first, codec = [], [], []
+    for index, scene in enumerate(scenes(count, "train", 1)):
+        picture = shown(scene, 1)
+        clip = pipe.animate(picture, canonical(scene), seed=index, sampling=sampling)
+        results.append(matches(detect(clip.frames, 1), scene))
+        first.append(psnr(clip.frames[0], picture.frames[0]))
+        codec.append(psnr(pipe.codec.decode(pipe.codec.encode(torch.from_numpy(picture.frames)[None]))[0, 0].numpy(), picture.frames[0]))
+    return rates(results) | {"first_frame_psnr": round(float(np.mean(first)), 2), "codec_psnr": round(float(np.mean(codec)), 2)}
+
+
+def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    results = []
+    pairs = (pair for pair in (edit_pair(SEED, index) for index in range(50 * count)) if len(pair[0].things) == 1 and pair[0].wall is None)
+    for index, (before, after, words) in zip(range(count), pairs, strict=False):
+        clip = pipe.edit(shown(before, 17), words, seed=index, sampling=sampling)
+        results.append(matches(detect(clip.frames, 1), after))
+    return rates(results)
+
+
+def extend(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    results = []
+    for index, scene in enumerate(scenes(count, "train", 1)):
+        clip = pipe.extend(shown(scene), canonical(scene), seconds=65 / 16, seed=index, sampling=sampling)
+        result = matches(detect(clip.frames[-CLIP:], 1), scene)
+        results.append({key: result[key] for key in ("colour", "shape", "background")})
+    return rates(results)
+
+
+def likelihood(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    """Bits per dimension with the true caption, and how often an impossible twin is scored lower than its possible one."""
+
+    def bits(scene: Scene) -> float:
+        return pipe.score(shown(scene), canonical(scene)).bits_per_dim
+
+    seen, unseen = scenes(count, "train", 1), scenes(count, "held_out", 1)
+    twins = [(scene, impossible_twin(scene, index)) for index, scene in enumerate(seen)]
+    possible = [bits(scene) for scene in seen]
+    lower = [bits(twin) > own for (_, twin), own in zip(twins, possible, strict=True)]
+    return {
+        "bits_per_dim": round(float(np.mean(possible)), 4),
+        "bits_per_dim_held_out": round(float(np.mean([bits(scene) for scene in unseen])), 4),
+        "impossible_twin_lower": round(float(np.mean(lower)), 4),
+    }
+
+
+def denoiser(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    """PSNR against the true frames of latents with data noise, decoded after each way of cleaning them."""
+    sums: dict[str, list[float]] = {"clean": [], "noised": [], "tweedie": [], "learned": []}
+    for index, scene in enumerate(scenes(count, "held_out", 1)):
+        frames = render([scene], CLIP)
+        latents = pipe.codec.encode(frames)
+        noisy = add_noise(latents.cpu(), pipe.flow.config.noise_std, torch.Generator().manual_seed(index)).to(latents)
+        text = pipe.states([canonical(scene)], "1:1", image=False)
+        for name, found in _ways(pipe, latents, noisy, text):
+            sums[name].append(psnr(pipe.codec.decode(found).numpy(), frames.numpy()))
+    return {name: round(float(np.mean(values)), 2) for name, values in sums.items() if values}
+
+
+def _ways(
+    pipe: StarFlowPipeline, latents: torch.Tensor, noisy: torch.Tensor, text: torch.Tensor | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "clean", latents
+    yield "noised", noisy
+    yield "tweedie", tweedie(pipe.flow, noisy, text)
+    if pipe.flow.denoiser is not None:
+        yield "learned", denoise(pipe.flow, noisy, text)
