@@ -54,7 +54,8 @@ def run(
     sampling = Sampling(guidance, Schedule(sampler, tolerance))
     few = max(4, count // 4)
     found: dict[str, Any] = {"model": pipe.about.name, "revision": pipe.about.revision, "count": count, "count_other_tasks": few}
-    for name, split, things in (("one_thing", "train", 1), ("held_out", "held_out", 1), ("two_things", "train", 2)):
+    rows: tuple[tuple[str, Split, int], ...] = (("one_thing", "train", 1), ("held_out", "held_out", 1), ("two_things", "train", 2))
+    for name, split, things in rows:
         found[name] = generate(pipe, scenes(count, split, things), seed, batch, sampling, partial(progress, name))
     tasks = {"animate": animate, "edit": edit, "extend": extend, "likelihood": likelihood, "denoiser": denoiser}
     for index, (name, measure) in enumerate(tasks.items()):

@@ -5,12 +5,15 @@ Shapes: B batch, T tokens, L text tokens, C latent channels, M model width, E te
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from reelflow.config import FlowConfig
 from reelflow.flow.affine import Affine, parameters
 from reelflow.flow.attention import Attend, Layer, Projection, RMSNorm, causal
+from reelflow.flow.cache import KVCache
 from reelflow.flow.rope import Rotary
 
 
@@ -39,6 +42,12 @@ class FlowBlock(nn.Module):
     def first(self) -> int:
         """The first place with parameters of its own: 0, or 1 where there is no start token (x_0 = z_0 then)."""
         return 0 if self.config.sos else 1
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """Room for `length` tokens (text included) of `rows` sequences."""
+        attention = cast(Layer, self.layers[0]).attention
+        weight = attention.qkv.weight
+        return KVCache(len(self.layers), rows, attention.kv_heads, length, attention.head_dim, weight.dtype, weight.device)
 
     def start(self, x_BTC: Tensor) -> Tensor:
         """The transformer's inputs `[SOS, x_1 … x_{T−1}]`, or `[x_1 … x_{T−1}]` without a start token."""

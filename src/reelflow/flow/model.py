@@ -5,7 +5,7 @@ Shapes: B batch, F latent frames, C latent channels, h × w places of a frame (S
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ class StarFlow(nn.Module):
         self.deep_block = FlowBlock(config, config.deep_width, config.layers[-1], text=config.text_dim > 0, reverse=last % 2 == 0)
         self.denoiser = Denoiser(config) if config.denoiser else None
 
+    @property
+    def blocks(self) -> list[FlowBlock]:
+        """All blocks in the order of the forward map; the last is the deep one."""
+        return [*(cast(FlowBlock, block) for block in self.shallow_blocks), self.deep_block]
+
     def rotary(self, frames: int, height: int, width: int, text: bool, device: torch.device) -> Rotary | None:
         """Angles of `[text ‖ frames]`, or of the frames alone, for latents of that size; None with learned positions."""
         config = self.config
@@ -86,7 +91,7 @@ class StarFlow(nn.Module):
         """
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
         z, log_det = wide(to_tokens(x_BFChw)), torch.zeros((), device=x_BFChw.device)
-        for block in (*self.shallow_blocks, self.deep_block):
+        for block in self.blocks:
             z, change = self.affine(block, z, size, text_BLE).forward(z)
             log_det = log_det + change
         return FlowOutput(from_tokens(z, *size), from_tokens(log_det, *size))
@@ -95,7 +100,7 @@ class StarFlow(nn.Module):
         """Through the shallow blocks only: tokens (B, F, S, C) that the deep block models."""
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
         u = wide(to_tokens(x_BFChw))
-        for block in self.shallow_blocks:
+        for block in self.blocks[:-1]:
             u, _ = self.affine(block, u, size, None).forward(u)
         return u
 

@@ -118,36 +118,36 @@ class Pipeline:
 
     about: ModelConfig
 
-    def generate(self, prompt: str, **options: Any) -> Clip:
-        """Text → video."""
+    def generate(self, *args: Any, **options: Any) -> Clip:
+        """`(prompt, …)`: text → video."""
         raise self.cannot("generate")
 
-    def animate(self, image: Picture, prompt: str = "", **options: Any) -> Clip:
-        """Picture (and text) → video that begins with it."""
+    def animate(self, *args: Any, **options: Any) -> Clip:
+        """`(image, prompt="", …)`: picture (and text) → video that begins with it."""
         raise self.cannot("animate")
 
-    def edit(self, clip: Clip, prompt: str, **options: Any) -> Clip:
-        """Video and instruction → video of the same length."""
+    def edit(self, *args: Any, **options: Any) -> Clip:
+        """`(clip, prompt, …)`: video and instruction → video of the same length."""
         raise self.cannot("edit")
 
-    def extend(self, clip: Clip, prompt: str = "", *, seconds: float, **options: Any) -> Clip:
-        """Continue a video to `seconds` in all."""
+    def extend(self, *args: Any, **options: Any) -> Clip:
+        """`(clip, prompt="", *, seconds, …)`: continue a video to `seconds` in all."""
         raise self.cannot("extend")
 
-    def score(self, clip: Clip, prompt: str = "", **options: Any) -> Score:
-        """Exact likelihood."""
+    def score(self, *args: Any, **options: Any) -> Score:
+        """`(clip, prompt="", …)`: exact likelihood."""
         raise self.cannot("score")
 
-    def encode(self, clip: Clip, prompt: str = "", **options: Any) -> Encoding:
-        """Video → noise."""
+    def encode(self, *args: Any, **options: Any) -> Encoding:
+        """`(clip, prompt="", …)`: video → noise."""
         raise self.cannot("encode")
 
-    def decode(self, encoding: Encoding, **options: Any) -> Clip:
-        """Noise → video."""
+    def decode(self, *args: Any, **options: Any) -> Clip:
+        """`(encoding, …)`: noise → video."""
         raise self.cannot("decode")
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[Clip]:
-        """`generate` in pieces, as they are finished."""
+    def stream(self, *args: Any, **options: Any) -> Iterator[Clip]:
+        """`(prompt, …)`: `generate` in pieces, as they are finished."""
         raise self.cannot("generate")
 
     def cannot(self, task: str) -> ValueError:

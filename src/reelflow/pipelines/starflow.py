@@ -140,7 +140,7 @@ class StarFlowPipeline(Pipeline):
         seed = new_seed(seed)
         source, aspect = self._source(clip, self.about.frames)
         given = self._latents(source)
-        noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, given.shape[1:2] + given.shape[3:])))[None]
+        noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, (given.shape[1], *given.shape[3:]))))[None]
         both, used = self._sample(
             [prompt], noise, given, sampling, progress, seed=seed, aspect=aspect, task="(v2v) ", window=2 * given.shape[1]
         )
@@ -285,7 +285,7 @@ class StarFlowPipeline(Pipeline):
 
     def _latents(self, clip: Clip) -> Tensor:
         """(1, F, C, h, w): the posterior's mean, standardised and scaled, without noise."""
-        return self.codec.encode(torch.from_numpy(np.ascontiguousarray(clip.frames))[None])
+        return self.codec.encode(torch.from_numpy(np.array(clip.frames))[None])
 
     def _noise(self, seed: int, shape: tuple[int, int, int]) -> Tensor:
         """(F, C, h, w) from a CPU generator, frame by frame: a longer clip begins with the shorter one's noise."""
@@ -329,7 +329,9 @@ class StarFlowPipeline(Pipeline):
         states, later = conditional, None
         beyond = frames > (window or config.window)
         if conditional is not None and guidance:
-            states = torch.cat((conditional, self.states(nulls, aspect, image=frames == 1)))
+            unconditional = self.states(nulls, aspect, image=frames == 1)
+            assert unconditional is not None
+            states = torch.cat((conditional, unconditional))
         if beyond:
             later = self._later(texts + nulls if guidance else texts, aspect)
         prefix = None
@@ -337,7 +339,7 @@ class StarFlowPipeline(Pipeline):
             noisy = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1))
             prefix = noisy.to(self.device)
         given, places = 0 if prefix is None else prefix.shape[1], noise_BFChw[0, 0, 0].numel()
-        steps = places * (frames - given + len(config.layers) - 1)  # the shallow blocks take all frames at once
+        steps = places * (frames - given) * len(config.layers)
         latents, reports = sample(
             self.flow, noise_BFChw.to(self.device), states, guidance, prefix, window, sampling.context, later, sampling.schedule,
             _tokens_to_share(progress, steps),
@@ -381,8 +383,8 @@ class StarFlowPipeline(Pipeline):
         codec = load_codec(part_folder(folder, "vae", about.parts), about.latent_scale, device)
         text = None
         if config.text_tokens:
-            parts = [part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer")]
-            text = load_text_encoder(*parts, config.text_tokens, device)
+            encoder, tokenizer = (part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer"))
+            text = load_text_encoder(encoder, tokenizer, config.text_tokens, device)
         return cls(about, flow.set_precision(getattr(torch, precision)), codec, text)
 
 

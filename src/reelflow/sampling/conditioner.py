@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelflow.flow import Affine, KVCache, guide
+from reelflow.flow import Affine, guide
 from reelflow.flow.block import FlowBlock
 from reelflow.flow.rope import Rotary
 
@@ -23,17 +23,15 @@ class Conditioner:
 
     def __init__(self, block: FlowBlock, rotary: Rotary | None, batch: int, places: int, text_BLE: Tensor | None, guidance: float):
         self.block, self.rotary, self.guidance = block, rotary, guidance
-        self.rows = 2 * batch if guidance else batch
+        rows = 2 * batch if guidance else batch
         self.text = 0
-        weight = block.layers[0].attention.qkv.weight
-        attention = block.layers[0].attention
-        text = text_BLE if block.proj_text is not None else None
-        length = places + (0 if text is None else text.shape[1])
-        self.cache = KVCache(len(block.layers), self.rows, attention.kv_heads, length, attention.head_dim, weight.dtype, weight.device)
-        if text is not None:
-            assert len(text) == self.rows, "guidance takes the conditional and the unconditional texts"
-            self.text = text.shape[1]
-            self._run(block.proj_text(text), 0)
+        if block.proj_text is None or text_BLE is None:
+            self.cache = block.new_cache(rows, places)
+            return
+        assert len(text_BLE) == rows, "guidance takes the conditional and the unconditional texts"
+        self.text = text_BLE.shape[1]
+        self.cache = block.new_cache(rows, self.text + places)
+        self._run(block.proj_text(text_BLE), 0)
 
     def _run(self, hidden: Tensor, at: int) -> Tensor:
         rotary = self.rotary and self.rotary.rows(at, hidden.shape[1])

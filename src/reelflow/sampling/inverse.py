@@ -110,8 +110,8 @@ def sample_shallow(model: StarFlow, u_BFSC: Tensor, size: tuple[int, int], sched
     batch, frames = u_BFSC.shape[:2]
     report = Report()
     x = u_BFSC.flatten(0, 1).unsqueeze(1)
-    for block in reversed(model.shallow_blocks):
-        x, passes = invert(block, model, x, size, schedule, progress)
+    for block in reversed(model.blocks[:-1]):
+        x, passes = invert(block, model, x, size, schedule, lambda places: progress(places * frames))
         report.add(passes)
     return x.unflatten(0, (batch, frames)).squeeze(2), report
 

@@ -53,8 +53,8 @@ class CachedLatents:
         self.samples = {}
         for (kind, frames), shards in found.items():
             names = ("source", "target") if kind == "edits" else ("latents",)
-            tensors = tuple(torch.cat([shard[0][name] for shard in shards]) for name in names)
-            self.samples[kind, frames] = Samples(tensors, [words for shard in shards for words in shard[1]])
+            latents = tuple(torch.cat([shard[0][name] for shard in shards]) for name in names)
+            self.samples[kind, frames] = Samples(latents, [words for shard in shards for words in shard[1]])
         for stage in config.stages:
             for bucket in stage.buckets:
                 self.serving(bucket)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.training.batches import CachedLatents
 from reelflow.training.config import TextConfig, TrainConfig
 from reelflow.training.text import new_text_encoder
-from reelflow.training.trainer import Trainer
+from reelflow.training.trainer import Parts, Trainer
 
 
 def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lambda row: None) -> Path:
@@ -49,7 +50,7 @@ def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lamb
 
 def averaged(trainer: Trainer) -> StarFlowPipeline:
     """The pipeline of the averaged weights as they stand; the trainer goes on untouched."""
-    parts = copy.deepcopy(trainer.average.module).cpu()
+    parts = cast(Parts, copy.deepcopy(trainer.average.module).cpu())
     text = copy.copy(trainer.text)
     text.model = (parts.text if parts.text is not None else copy.deepcopy(text.model).cpu()).eval().requires_grad_(False)
     return StarFlowPipeline(trainer.config.about, parts.flow, load_codec(trainer.config.vae, trainer.config.about.latent_scale), text)

@@ -39,6 +39,9 @@ class Source(Protocol):
 class Parts(nn.Module):
     """What is averaged and saved together: the flow and, where it is trained, its text encoder."""
 
+    flow: StarFlow
+    text: nn.Module | None
+
     def __init__(self, flow: StarFlow, text: nn.Module | None):
         super().__init__()
         self.flow, self.text = flow, text
