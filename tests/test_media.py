@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+import reelflow
 from reelflow.clip import Clip, ClipWriter, Limits, MediaError, check_output
 
 PLACES = ["out.mp4", "out.webm", "out.gif", "out"]
@@ -265,12 +266,14 @@ def test_frames_can_be_written_as_they_come(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "size"), [("out.mp4", (32, 32)), ("out.mp4", (240, 320)), ("out.webm", (32, 32)), ("out.gif", (32, 32))])
 def test_the_same_clip_is_the_same_file(tmp_path, name, size):
-    clip = Clip(toy(12, *size), 16, MADE)
+    clip = Clip(toy(20, *size), 16, MADE)
     files = set()
-    for _ in range(4):
+    for k in range(6):
+        litter = [bytes(1000 * n) for n in range(7 * k)]  # another state of the memory each time
         clip.save(tmp_path / name)
         data = (tmp_path / name).read_bytes()
         files.add(Clip.open(tmp_path / name).frames.tobytes() if name == "out.webm" else data)  # Matroska numbers files at random
+        del litter
     assert len(files) == 1
 
 
@@ -319,6 +322,7 @@ def test_a_full_disk_is_one_line(tmp_path, name, monkeypatch):
 FILL = """
 import resource, sys
 import numpy as np
+import reelflow
 from reelflow.clip import Clip
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 noise = np.random.default_rng(0).integers(0, 255, (int(sys.argv[2]), 64, 64, 3), dtype=np.uint8)
@@ -333,7 +337,9 @@ except OSError as error:
 @pytest.mark.parametrize(("name", "frames"), [("out.mp4", 1), *((name, 60) for name in PLACES)])
 def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path, name, frames):
     """The operating system refuses the write itself: while frames are encoded, or while the file is finished."""
-    run = subprocess.run([sys.executable, "-c", FILL, str(tmp_path / name), str(frames)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", FILL, str(tmp_path / name), str(frames)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(reelflow.__file__).parents[1])}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "the disk is full" in run.stdout
     assert len(run.stdout.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -428,6 +434,25 @@ def test_colour_tags_are_obeyed(tmp_path, colorspace, color_range):
     frames = np.full((3, 32, 32, 3), (220, 40, 40), np.uint8)
     path = encode(tmp_path / "in.mp4", frames, colorspace=colorspace, color_range=color_range)
     assert np.abs(Clip.open(path).frames.astype(int) - frames).max() <= 3
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(720, 1), (480, 5)])
+def test_colour_without_tags_is_taken_as_players_take_it(tmp_path, height, matrix):
+    frame = av.VideoFrame.from_ndarray(np.full((height, 64, 3), (220, 40, 40), np.uint8), "rgb24")
+    stored = frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=1)
+    planes = stored.to_ndarray()
+    with av.open(str(tmp_path / "in.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = height, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, "yuv420p")))
+        container.mux(stream.encode())
+    assert np.abs(Clip.open(tmp_path / "in.mp4").frames.astype(int) - [220, 40, 40]).max() <= 3
+
+
+def test_a_comment_in_no_known_encoding_is_passed_over(tmp_path):
+    data = encode(tmp_path / "in.mp4", toy(2), comment="caf\u00e9").read_bytes()
+    (tmp_path / "in.mp4").write_bytes(data.replace("caf\u00e9".encode(), b"caf\xe9\xff"))
+    assert Clip.open(tmp_path / "in.mp4").metadata == {}
 
 
 @pytest.mark.parametrize(
