@@ -9,7 +9,7 @@ import typer
 
 from reelflow.cli.clips import OptionalPrompt, Video
 from reelflow.cli.job import ClipJob, Job, check_clip_output, check_file, sampling
-from reelflow.cli.options import OUTPUT, OnModel, Part, Solving, Writing, takes
+from reelflow.cli.options import OUTPUT, Decoding, OnModel, Part, Solving, takes
 
 NoiseSeed = Annotated[int, typer.Option("--seed", metavar="0…2^63−1", help="Of the data noise that is added, as in training.")]
 
@@ -85,10 +85,10 @@ def encode(
     job.screen.result(values, f"{output}: noise of {shape} · seed {seed} · took {job.took:.1f} s")
 
 
-@takes(options=Writing)
+@takes(options=Decoding)
 def decode(
     encoding: Annotated[str, typer.Argument(metavar="FILE.safetensors", help="What `encode` wrote.")],
-    options: Writing,
+    options: Decoding,
 ) -> None:
     """Turn noise back into the video it came from.
 

@@ -41,8 +41,10 @@ def bench(options: Solving) -> None:
 @takes(options=Solving)
 def toybox(
     options: Solving,
-    count: Annotated[int, typer.Option(metavar="N≥1", min=1, help="Prompts to generate from.")] = 64,
-    seed: Annotated[int, typer.Option(metavar="0…2^63−1", help="Of the prompts and of the clips.")] = 0,
+    count: Annotated[
+        int, typer.Option(metavar="N≥1", min=1, help="Clips from text; the other tasks take a quarter of it, at least 4.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(metavar="0…2^63−1", help="Of the clips; the scenes asked for stay the same.")] = 0,
 ) -> None:
     """Generate toybox scenes and measure how often colour, shape and motion are those of the prompt.
 

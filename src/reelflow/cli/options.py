@@ -11,6 +11,15 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 MACHINE, SAMPLING, OUTPUT = "Model and machine", "Sampling", "Output"
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        "--tolerance",
+        metavar="0…0.1",
+        rich_help_panel=SAMPLING,
+        help="jacobi: a token is settled when a pass moves it by no more than this, in units of its own standard deviation; 0: exact.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +62,7 @@ class Solving(OnModel):
         Literal["jacobi", "sequential"],
         typer.Option("--sampler", rich_help_panel=SAMPLING, help="jacobi: many tokens a pass, to the tolerance. sequential: one by one."),
     ] = "jacobi"
-    tolerance: Annotated[
-        float,
-        typer.Option(
-            "--tolerance", metavar="0…0.1", rich_help_panel=SAMPLING,
-            help="jacobi: a token is settled when a pass moves it by no more than this, in units of its own standard deviation; 0: exact.",
-        ),
-    ] = 1e-3  # fmt: skip
+    tolerance: Tolerance = 1e-3  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,13 @@ class Writing(Solving):
         bool,
         typer.Option(" /--no-metadata", show_default=False, rich_help_panel=OUTPUT, help="Do not write into the file how it was made."),
     ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Writing):
+    """Noise is turned back into what it came from, by default as exactly as float32 holds it."""
+
+    tolerance: Tolerance = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)

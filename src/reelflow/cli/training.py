@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,12 +49,12 @@ def train(
                 tell(f"step {row['step']}/{settings.steps} · {_words(row)}")
 
         try:
-            run(settings, folder, on_log)
+            model = run(settings, folder, on_log)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{folder} holds the last checkpoint; the same command goes on from there") from None
     last = rows[0] if rows else {}
-    words = f"{folder}: {settings.steps} steps · {_words(last)}" if last else f"{folder}: had all of its {settings.steps} steps already"
-    screen.result({"folder": str(folder), "steps": settings.steps, **json.loads(json.dumps(last))}, words)
+    words = f"{model}: {settings.steps} steps" + (f" · {_words(last)}" if last else ", all of them done before")
+    screen.result({"model": str(model), "folder": str(folder), "steps": settings.steps, **last}, words)
 
 
 def _bar(screen: Screen, steps: int) -> Progress:
