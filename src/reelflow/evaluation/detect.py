@@ -64,8 +64,10 @@ def detect(frames: Tensor | np.ndarray, things: int = 1) -> list[Detection]:
     if len(opacities) == 1 and things == 2:
         opacities = _split(opacities[0])
         colours = colours.repeat(2, 1)
-    background = _nearest(ground.mean(0), BACKGROUNDS)
-    found = [_describe(opacity, _nearest(colour + ground.mean(0), COLOURS), background) for opacity, colour in zip(opacities, colours, strict=True)]
+    middle = ground.mean(0)
+    background = _nearest(middle, BACKGROUNDS)
+    pairs = zip(opacities, colours, strict=True)
+    found = [_describe(opacity, _nearest(colour + middle, COLOURS), background) for opacity, colour in pairs]
     return [detection for detection in found if detection is not None]
 
 
@@ -94,7 +96,8 @@ def _wall_columns(clip: Tensor) -> Tensor:
 def _colours(difference: Tensor, ground: Tensor, things: int) -> Tensor:
     """Colours of the things as differences from the background, (K, 3), the one that covers more first."""
     distance = difference.norm(dim=-1)
-    core = -F.max_pool2d(-distance[:, None], 3, 1, 1)[:, 0] > CONTRAST
+    inside = F.pad((distance > CONTRAST).to(torch.float32), (1, 1, 1, 1), value=1.0)
+    core = (_box_sum(_box_sum(inside, 1, 1), 1, 2) == 9)[:, 1:-1, 1:-1]
     pixels = difference[core]
     palette = torch.tensor(list(COLOURS.values())) - ground
     enough = 8 * len(difference) * (difference.shape[1] / FRAME) ** 2
@@ -149,8 +152,7 @@ def _split(opacity: Tensor) -> list[Tensor]:
 def _centres(opacity: Tensor) -> Tensor:
     """Centroid (F, 2) of the densest blob of each frame, in pixels of the clip."""
     side = opacity.shape[-1]
-    kernel = 2 * round(8 * side / FRAME) + 1
-    dense = F.avg_pool2d(opacity[:, None], kernel, 1, kernel // 2)[:, 0]
+    dense = _box_sum(_box_sum(opacity, round(8 * side / FRAME), 1), round(8 * side / FRAME), 2)
     peak = dense.flatten(1).argmax(1)
     centre = torch.stack([peak % side, peak // side], 1) + 0.5
     place = torch.arange(side) + 0.5
@@ -161,6 +163,14 @@ def _centres(opacity: Tensor) -> Tensor:
         moved = torch.stack([inside.sum(1) @ place, inside.sum(2) @ place], 1) / mass[:, None]
         centre = torch.where(mass[:, None] > 1, moved, centre)
     return centre
+
+
+def _box_sum(values: Tensor, reach: int, axis: int) -> Tensor:
+    """Sum over the neighbours within `reach` along one of the last two axes; nothing lies outside."""
+    pad = (reach + 1, reach) if axis == 2 else (0, 0, reach + 1, reach)
+    running = F.pad(values, pad).cumsum(axis)
+    count = values.shape[axis]
+    return running.narrow(axis, 2 * reach + 1, count) - running.narrow(axis, 0, count)
 
 
 def _describe(opacity: Tensor, colour: str, background: str) -> Detection | None:
@@ -218,7 +228,7 @@ def _sag(shape: str) -> float:
 def motion_of(track: np.ndarray, present: np.ndarray) -> str:
     """Name of the motion of a track (F, 2), in pixels of 128, seen in the frames `present` (F,).
 
-    Four models are fitted by least squares (rest, straight lines with up to two turns, arcs of a bouncing ball, circle)
+    Four models are fitted by least squares (rest, straight lines with up to three turns, arcs of a bouncing ball, circle)
     and compared by the Bayesian information criterion with a noise floor of half a pixel.
     """
     time = np.flatnonzero(present[:CLIP]).astype(np.float64)
@@ -253,14 +263,19 @@ def _solve(design: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _fit_lines(time: np.ndarray, path: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
-    """Best straight motion with 0, 1 and 2 sudden turns: sums of squares, and initial velocities (2,)."""
+    """Best straight motion with 0, 1, … sudden turns: sums of squares, and initial velocities (2,).
+
+    Up to two turns; a third where two leave errors of half a pixel.
+    """
     knots = np.arange(time[0] + 3, time[-1] - 1)
-    squares, velocities = [], []
-    for turns in (0, 1, 2):
+    squares: list[float] = []
+    velocities: list[np.ndarray] = []
+    for turns in range(4):
+        if turns == 3 and squares[-1] < 0.25 * path.size:
+            break
         chosen = list(combinations(knots, turns))
         places = np.array(chosen, dtype=float).reshape(len(chosen), turns)
-        if turns == 2:
-            places = places[places[:, 1] - places[:, 0] >= 3]
+        places = places[np.all(np.diff(places) >= 3, axis=1)]
         if not len(places):
             continue
         hinges = np.maximum(time[None, :, None] - places[:, None, :], 0)
@@ -320,9 +335,11 @@ def gaussian_blur(frames: Tensor, sigma: float) -> Tensor:
     reach = int(np.ceil(3 * sigma))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=frames.dtype) / sigma) ** 2)
     weights = weights / weights.sum()
-    planes = F.pad(frames.permute(0, 3, 1, 2).flatten(0, 1)[:, None], (reach,) * 4, mode="replicate")
-    planes = F.conv2d(F.conv2d(planes, weights[None, None, None, :]), weights[None, None, :, None])
-    return planes[:, 0].unflatten(0, (len(frames), -1)).permute(0, 2, 3, 1)
+    for axis in (1, 2):
+        side = frames.shape[axis]
+        repeated = frames.index_select(axis, torch.arange(-reach, side + reach).clamp(0, side - 1))
+        frames = sum(weight * repeated.narrow(axis, shift, side) for shift, weight in enumerate(weights.tolist()))
+    return frames
 
 
 def degrade(frames: Tensor, seed: int, blur: float = 1.0, noise: float = 8.0, shift: float = 25.0) -> Tensor:
