@@ -10,7 +10,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from reelflow.data.toybox import render, sample_scene
-from reelflow.training.vae import OnePass, Trainer, VaeTraining, batch, export, loss_of, measure, new_vae, orthogonal, save, to_pixels
+from reelflow.training.muon import orthogonal
+from reelflow.training.one_pass import OnePass
+from reelflow.training.vae import Trainer, VaeTraining, batch, export, loss_of, measure, new_vae, save, to_pixels
 
 SMALL = VaeTraining(pixels=5 * 32 * 32, shapes=((1, 32), (5, 32)), last_share=0.0, steps=10, warmup=2)
 

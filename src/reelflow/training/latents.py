@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.data.toybox import captions, edit_pair, render, sample_scene
-from reelflow.training.vae import OnePass, channels_last, to_pixels
+from reelflow.training.one_pass import OnePass, channels_last
+from reelflow.training.vae import to_pixels
 
 SAMPLES = 64
 """Samples per shard of 33 frames; shorter clips make longer shards, so that every shard takes about as long."""

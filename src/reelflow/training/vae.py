@@ -14,21 +14,18 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from reelflow.config import Strict
 from reelflow.data.toybox import CLIP, Split, render, sample_scene
+from reelflow.training.muon import Muon
+from reelflow.training.one_pass import OnePass, channels_last
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -53,159 +50,6 @@ def new_vae() -> AutoencoderKLWan:
     return vae
 
 
-def channels_last(vae: nn.Module) -> None:
-    """Lay the convolution weights out channels-last, in place: what the CPU kernels and the passes below want."""
-    for parameter in vae.parameters():
-        if parameter.dim() >= 4:
-            form = torch.channels_last_3d if parameter.dim() == 5 else torch.channels_last
-            parameter.data = parameter.data.contiguous(memory_format=form)
-
-
-def _normalise(x: Tensor, gamma: Tensor) -> Tensor:
-    """The RMS norm of Wan over the last axis, in float32."""
-    x = x.float()
-    return x * (x.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt() * x.shape[-1] ** 0.5) * gamma
-
-
-def _normalise_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    return F.silu(_normalise(x, gamma)).to(x.dtype)
-
-
-@cache
-def _fused_normalise_silu() -> Callable[[Tensor, Tensor], Tensor]:
-    """`_normalise_silu` as one kernel, compiled at the first call (which takes a C++ compiler); three times faster."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(_normalise_silu, dynamic=False)
-
-
-def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """Causal convolution: the first frame is preceded by zeros."""
-    _, right, _, bottom, front, _ = conv._padding
-    if front:
-        x = torch.cat([x.new_zeros(x.shape[0], x.shape[1], front, *x.shape[3:]), x], 2).contiguous(memory_format=torch.channels_last_3d)
-    return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, bottom, right))
-
-
-def _frames(x: Tensor) -> Tensor:
-    """(B, C, F, H, W) → (B·F, C, H, W), a view."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _clips(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def _average(short: nn.Module, x: Tensor) -> Tensor:
-    """The averaging shortcut (AvgDown3D) of the encoder."""
-    t, s = short.factor_t, short.factor_s
-    if t == s == short.group_size == 1:
-        return x
-    if short.group_size != s * s:
-        return short(x)
-    y = _clips(F.avg_pool2d(_frames(x), s), x.shape[0])
-    y = F.pad(y, (0, 0, 0, 0, -y.shape[2] % t, 0)).unflatten(2, (-1, t))
-    return y.permute(0, 2, 4, 5, 1, 3).flatten(4).permute(0, 4, 1, 2, 3)
-
-
-def _duplicate(short: nn.Module, x: Tensor) -> Tensor:
-    """The duplicating shortcut (DupUp3D) of the decoder, for a clip from its first frame."""
-    t, s = short.factor_t, short.factor_s
-    if short.repeats == t * s * s:
-        x = x if t == 1 else x.repeat_interleave(t, 2)[:, :, t - 1 :]
-        return _clips(F.interpolate(_frames(x), scale_factor=s, mode="nearest-exact"), x.shape[0])
-    y = x.permute(0, 2, 3, 4, 1).repeat_interleave(short.repeats, -1).unflatten(-1, (short.out_channels, t, s, s))
-    return y.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, t - 1 :].permute(0, 4, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class OnePass:
-    """The VAE's own function in one pass over the whole clip: differentiable, and several times faster.
-
-    `AutoencoderKLWan` itself runs chunk by chunk with a feature cache. Tensors inside are (B, C, F, H, W) with
-    channels-last memory, so that (B, F, H, W, C) is a view. fused: compile the norms (a C++ compiler is needed).
-    """
-
-    vae: AutoencoderKLWan
-    fused: bool = False
-
-    def encode(self, x_BCFHW: Tensor) -> Tensor:
-        """Pixels (B, 3, F, H, W), F = 1 + 4n → posterior mean and log-variance, (B, 2·48, 1 + n, H/16, W/16).
-
-        The same function as `vae.encode(x).latent_dist.parameters`, in one pass.
-        """
-        encoder, p = self.vae.encoder, self.vae.config.patch_size
-        x = x_BCFHW.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 2, 3, 5, 1, 6, 4).flatten(4).permute(0, 4, 1, 2, 3)
-        x = _conv(encoder.conv_in, x)
-        for block in encoder.down_blocks:
-            x = self._down(block, x)
-        x = self._mid(encoder.mid_block, x)
-        return _conv(self.vae.quant_conv, _conv(encoder.conv_out, self._activate(encoder.norm_out, x)))
-
-    def decode(self, z_BCTHW: Tensor) -> Tensor:
-        """Latents (B, 48, 1 + n, H/16, W/16) → pixels (B, 3, 1 + 4n, H, W), not clamped to [-1, 1].
-
-        The same function as `vae.decode(z).sample` but for the clamp, in one pass.
-        """
-        decoder, p = self.vae.decoder, self.vae.config.patch_size
-        x = self._mid(decoder.mid_block, _conv(decoder.conv_in, _conv(self.vae.post_quant_conv, z_BCTHW)))
-        for block in decoder.up_blocks:
-            x = self._up(block, x)
-        x = _conv(decoder.conv_out, self._activate(decoder.norm_out, x))
-        x = x.unflatten(1, (-1, p, p)).permute(0, 1, 4, 5, 3, 6, 2)
-        return x.flatten(5, 6).flatten(3, 4)
-
-    def _activate(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """RMS norm over channels, then SiLU."""
-        channels_last = x.movedim(1, -1)
-        rows = channels_last.reshape(-1, x.shape[1])
-        if self.fused:
-            torch._dynamo.mark_dynamic(rows, 0)
-        rows = (_fused_normalise_silu() if self.fused else _normalise_silu)(rows, norm.gamma.flatten())
-        return rows.view(channels_last.shape).movedim(-1, 1)
-
-    def _resnet(self, block: nn.Module, x: Tensor) -> Tensor:
-        h = _conv(block.conv1, self._activate(block.norm1, x))
-        h = _conv(block.conv2, self._activate(block.norm2, h))
-        return h + (x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x))
-
-    def _mid(self, block: nn.Module, x: Tensor) -> Tensor:
-        x = self._resnet(block.resnets[0], x)
-        for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-            frames = _frames(x)
-            tokens = _normalise(frames.flatten(2).transpose(1, 2), attention.norm.gamma.flatten()).to(x.dtype)
-            qkv = F.linear(tokens, attention.to_qkv.weight.flatten(1), attention.to_qkv.bias)
-            mixed = F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in qkv.chunk(3, -1))).squeeze(1)
-            out = F.linear(mixed, attention.proj.weight.flatten(1), attention.proj.bias)
-            x = x + _clips(out.transpose(1, 2).unflatten(2, frames.shape[2:]), x.shape[0])
-            x = self._resnet(resnet, x)
-        return x
-
-    def _down(self, block: nn.Module, x: Tensor) -> Tensor:
-        y = _average(block.avg_shortcut, x)
-        for resnet in block.resnets:
-            x = self._resnet(resnet, x)
-        if block.downsampler is not None:
-            x = _clips(block.downsampler.resample(_frames(x)), x.shape[0])
-            if block.downsampler.mode == "downsample3d" and x.shape[2] > 1:
-                x = torch.cat([x[:, :, :1], _conv(block.downsampler.time_conv, x)], 2)
-        return x + y
-
-    def _up(self, block: nn.Module, x: Tensor) -> Tensor:
-        short, y = block.avg_shortcut, x
-        for resnet in block.resnets:
-            x = self._resnet(resnet, x)
-        if block.upsampler is None:
-            return x
-        if block.upsampler.mode == "upsample3d" and x.shape[2] > 1:
-            # The first frame stays one frame; the others become two each, without seeing the first.
-            rest = _conv(block.upsampler.time_conv, x[:, :, 1:]).unflatten(1, (2, -1))
-            x = torch.cat([x[:, :, :1], rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], 2)
-        conv = block.upsampler.resample[1]
-        frames = F.interpolate(_frames(x), scale_factor=2, mode="nearest-exact")
-        x = _clips(F.conv2d(frames, conv.weight, conv.bias, padding=1), x.shape[0])
-        return x + _duplicate(short, y)
-
-
 class VaeTraining(Strict):
     """How to train: `steps` optimiser steps, each on pieces of clips, all of one of the `shapes` (frames, side in pixels)."""
 
@@ -225,7 +69,11 @@ class VaeTraining(Strict):
     """Weight of the error of horizontal and vertical differences."""
     kl: float = 2e-5
     """Weight of the Kullback-Leibler term, per latent value, relative to the error per pixel value."""
+    noise: float = 0.0
+    """Standard deviation of noise on the latents beyond the posterior's own: what the decoder is to forgive a flow."""
     ema: float = 0.998
+    decoder_only: bool = False
+    """Leave the encoder, and so all latents, as they are."""
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, then half a cosine down to 1/200."""
@@ -277,7 +125,7 @@ def loss_of(config: VaeTraining, model: OnePass, x: Tensor, mask: Tensor, genera
         mean, log_variance = model.encode(x).float().chunk(2, 1)
         log_variance = log_variance.clamp(-30, 20)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        y = model.decode(mean + (0.5 * log_variance).exp() * noise).float()
+        y = model.decode(mean + (log_variance.exp() + config.noise**2).sqrt() * noise).float()
     weight = 1 + config.foreground * mask
     error = y - x
     pixels = ((error.square() + 1e-4).sqrt() - 1e-2).mul(weight).mean() / weight.mean()
@@ -286,42 +134,6 @@ def loss_of(config: VaeTraining, model: OnePass, x: Tensor, mask: Tensor, genera
     loss = pixels + config.edges * edges + config.kl * kl
     parts = {"pixels": pixels, "edges": edges, "kl": kl, "psnr": -10 * (error.detach().clamp(-2, 2).square().mean() / 4).log10()}
     return loss, {name: float(value.detach()) for name, value in parts.items()}
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates (Muon, Jordan et al. 2024), for convolution weights seen as matrices.
-
-    The update's root mean square is 0.2, as with Adam, so both take the same learning rate (Liu et al. 2025).
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for p in group["params"]:
-                shapes[p.shape].append(p)
-            for members in shapes.values():
-                updates = []
-                for p in members:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                    mean.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]).flatten(1))
-                for p, update in zip(members, orthogonal(torch.stack(updates)), strict=True):
-                    p.add_(update.view(p.shape), alpha=-0.2 * max(update.shape) ** 0.5 * group["lr"])
-
-
-def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (N, R, C) with their singular values moved to about 1, by Newton-Schulz iteration in bfloat16."""
-    tall = x.shape[1] > x.shape[2]
-    y = (x.mT if tall else x).bfloat16()
-    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return (y.mT if tall else y).float()
 
 
 class Trainer:
@@ -334,9 +146,13 @@ class Trainer:
         channels_last(self.vae)
         self.model = OnePass(self.vae, fused)
         self.average = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
+        if config.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
         ends = (self.vae.encoder.conv_in.weight, self.vae.decoder.conv_out.weight)
-        inner = [p for p in self.vae.parameters() if p.dim() >= 4 and not any(p is q for q in ends) and p.shape[1:].numel() > 1]
-        others = [p for p in self.vae.parameters() if not any(p is q for q in inner)]
+        inner = [p for p in self.parameters if p.dim() >= 4 and not any(p is q for q in ends) and p.shape[1:].numel() > 1]
+        others = [p for p in self.parameters if not any(p is q for q in inner)]
         adam = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
         self.optimisers = [adam, Muon(inner, lr=config.learning_rate)]
 
@@ -349,15 +165,14 @@ class Trainer:
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"step {self.step}: loss is {loss.item()}; continue from the checkpoint with a lower learning rate")
         loss.backward()
-        parameters = list(self.vae.parameters())
-        for p in parameters:  # one-frame batches leave the convolutions over time without a gradient
+        for p in self.parameters:  # one-frame batches leave the convolutions over time without a gradient
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if ranks > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
+            flat = torch.cat([p.grad.flatten() for p in self.parameters])
             dist.all_reduce(flat)
-            for p, grad in zip(parameters, flat.div_(ranks).split([p.numel() for p in parameters]), strict=True):
+            for p, grad in zip(self.parameters, flat.div_(ranks).split([p.numel() for p in self.parameters]), strict=True):
                 p.grad.copy_(grad.view(p.shape))
-        parts["grad"] = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        parts["grad"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(self.step)
@@ -434,10 +249,15 @@ def export(
     return {"mean": mean.tolist(), "std": std.tolist()}
 
 
-def train(config: VaeTraining, folder: Path, fused: bool = True, log_every: int = 25, save_every: int = 250) -> Trainer:
-    """Train to `config.steps`, from `folder/vae.pt` if it is there; the first process prints and saves."""
+def train(
+    config: VaeTraining, folder: Path, start: Path | None = None, fused: bool = True, log_every: int = 25, save_every: int = 250
+) -> Trainer:
+    """Train to `config.steps`, from `folder/vae.pt` if it is there, else from the diffusers folder `start` or from nothing.
+
+    The first process prints and saves.
+    """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    trainer = Trainer(config, fused=fused)
+    trainer = Trainer(config, AutoencoderKLWan.from_pretrained(str(start)) if start else None, fused)
     path = folder / "vae.pt"
     if path.exists():
         trainer.load(torch.load(path, weights_only=True))
@@ -465,16 +285,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small video VAE on toybox clips.")
     parser.add_argument("folder", type=Path, help="where the checkpoint vae.pt goes; a run found there is continued")
     parser.add_argument("--export", type=Path, help="folder to write the trained model to, in the diffusers layout")
+    parser.add_argument("--start", type=Path, help="diffusers folder to begin from, instead of an untrained model")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder, and so all latents, as they are")
     parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
     for name, field in VaeTraining.model_fields.items():
         if field.annotation in (int, float):
             parser.add_argument(f"--{name.replace('_', '-')}", type=field.annotation, default=field.default, help="default: %(default)s")
     options = vars(parser.parse_args())
-    folder, target, fused = options.pop("folder"), options.pop("export"), not options.pop("no_fused")
+    folder, target, start, fused = options.pop("folder"), options.pop("export"), options.pop("start"), not options.pop("no_fused")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
-    trainer = train(VaeTraining.parse(options), folder, fused)
+    trainer = train(VaeTraining.parse(options), folder, start, fused)
     if target and (not dist.is_initialized() or dist.get_rank() == 0):
         std = sorted(export(trainer.averaged(), target)["std"])
         sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[24]:.3f}\n")
