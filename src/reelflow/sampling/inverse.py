@@ -80,7 +80,7 @@ def sample(
         Latents (B, F, C, h, w) and a report per block kind, "deep" and "shallow".
 
     Raises:
-        ValueError: guidance that is negative or not finite, a context or prefix outside its range.
+        ValueError: guidance that is negative or not finite, a context or prefix outside its range, text missing.
     """
     frames = noise_BFChw.shape[1]
     size = (noise_BFChw.shape[-2], noise_BFChw.shape[-1])
@@ -93,6 +93,9 @@ def sample(
         raise ValueError(f"context of {context} frames does not fit the window of {window}; give 1 … {window - 1}")
     if prefix and prefix >= frames:
         raise ValueError(f"{prefix} of {frames} latent frames are given; nothing is left to sample")
+    rows, texts = len(noise_BFChw) * (2 if guidance else 1), 0 if text_BLE is None else len(text_BLE)
+    if model.deep_block.proj_text is not None and texts != rows:
+        raise ValueError(f"{texts} text states for {len(noise_BFChw)} clips at guidance {guidance:g}; this model needs {rows}")
     schedule = schedule or Schedule()
     with torch.no_grad():
         u_prefix = model.to_deep(prefix_BFChw) if prefix_BFChw is not None else None
