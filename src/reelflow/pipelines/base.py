@@ -98,6 +98,8 @@ class Encoding:
         """Read. Raises ValueError where the file is none of `save`'s."""
         from safetensors import safe_open
 
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist; make one with: reelflow encode VIDEO -o z.safetensors")
         weights = read_weights(path)
         with safe_open(str(path), "pt") as file:
             said = (file.metadata() or {}).get("reelflow", "")
