@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Clip", "Encoding", "Pipeline", "Score", "load"]
+from reelflow.version import VERSION
+
+__version__ = VERSION
+__all__ = ["Clip", "Encoding", "Pipeline", "Score", "__version__", "load"]
 
 if TYPE_CHECKING:
     from reelflow.clip import Clip

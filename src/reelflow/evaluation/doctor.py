@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import reelflow
+from reelflow.version import VERSION
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub", "av", "Pillow", "numpy", "typer", "rich", "pydantic")
 CPU_FEATURES = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 bf16": "avx512_bf16", "AMX bf16": "amx_bf16", "AMX int8": "amx_int8"}
@@ -22,7 +22,7 @@ def examine() -> dict[str, dict[str, Any]]:
 
     gpus = _gpus()
     return {
-        "system": {"reelflow": reelflow.__version__, "python": platform.python_version(), "platform": platform.platform()},
+        "system": {"reelflow": VERSION, "python": platform.python_version(), "platform": platform.platform()},
         "processor": _processor(),
         "memory": _memory(),
         "gpu": gpus or {"found": "none that PyTorch can use"},

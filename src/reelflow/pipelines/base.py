@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import reelflow
 from reelflow.adapters.checkpoint import read_weights, written
 from reelflow.clip import Clip, heat_map
 from reelflow.config import ModelConfig
 from reelflow.media.picture import picture_rgb
+from reelflow.version import VERSION
 
 Device = str | torch.device
 Precision = Literal["float32", "bfloat16"]
@@ -164,7 +164,7 @@ class Pipeline:
         """Metadata of a result: how it was made, and that it is AI-generated."""
         about = self.about
         return {
-            "ai_generated": True, "software": "reelflow", "version": reelflow.__version__, "model": about.name, "revision": about.revision,
+            "ai_generated": True, "software": "reelflow", "version": VERSION, "model": about.name, "revision": about.revision,
             "family": about.family, "licence": about.licence, "task": task, "prompt": prompt, "seed": seed, "settings": settings,
         }  # fmt: skip
 
