@@ -28,13 +28,14 @@ def generate(
 
     reelflow generate "a red ball moves right on a black background" --seed 0 -o ball.mp4
     """
-    from reelflow.pipelines.base import check_length, spoken
+    job = ClipJob(options)
+    with job.running():
+        from reelflow.pipelines.base import check_length, spoken
 
-    spoken(prompt, "generate")
-    check_length(length.seconds, length.frames)
-    job = ClipJob(options, prompt, options.seed, still=length.frames == 1)
-    with job.loaded() as pipe:
-        clip = pipe.generate(
+        spoken(prompt, "generate")
+        check_length(length.seconds, length.frames)
+        job.settle(prompt, options.seed, still=length.frames == 1)
+        clip = job.load().generate(
             prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, aspect=aspect, sampling=job.sampling, progress=job.report
         )
         job.write(clip)
@@ -52,13 +53,14 @@ def animate(
 
     reelflow animate photo.jpg "a red ball moves right" -o moving.mp4
     """
-    from reelflow.pipelines.base import check_length, picture
+    job = ClipJob(options)
+    with job.running():
+        from reelflow.pipelines.base import check_length, picture
 
-    check_length(length.seconds, length.frames)
-    job = ClipJob(options, prompt or f"animated {Path(image).stem}", options.seed)
-    first = picture(image)
-    with job.loaded() as pipe:
-        clip = pipe.animate(
+        check_length(length.seconds, length.frames)
+        job.settle(prompt or f"animated {Path(image).stem}", options.seed)
+        first = picture(image)
+        clip = job.load().animate(
             first, prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, sampling=job.sampling, progress=job.report
         )
         job.write(clip)
@@ -76,14 +78,14 @@ def edit(
 
     reelflow edit ball.mp4 "make the ball blue" -o blue.mp4
     """
-    from reelflow.clip import Clip
-    from reelflow.pipelines.base import spoken
+    job = ClipJob(options)
+    with job.running():
+        from reelflow.pipelines.base import spoken
 
-    spoken(prompt, "edit")
-    job = ClipJob(options, prompt, options.seed)
-    source = Clip.open(video, part.max_frames, part.start)
-    with job.loaded() as pipe:
-        clip = pipe.edit(source, prompt, seed=job.seed, sampling=job.sampling, progress=job.report)
+        spoken(prompt, "edit")
+        job.settle(prompt, options.seed)
+        source = job.read(video, part)
+        clip = job.load().edit(source, prompt, seed=job.seed, sampling=job.sampling, progress=job.report)
         job.write(clip)
     job.tell(clip)
 
@@ -100,14 +102,14 @@ def extend(
 
     reelflow extend ball.mp4 --seconds 30 -o long.mp4
     """
-    from reelflow.clip import Clip
-    from reelflow.pipelines.base import check_length
+    job = ClipJob(options)
+    with job.running():
+        from reelflow.pipelines.base import check_length
 
-    check_length(seconds, None)
-    job = ClipJob(options, prompt or f"extended {Path(video).stem}", options.seed)
-    source = Clip.open(video, part.max_frames, part.start)
-    with job.loaded() as pipe:
-        clip = pipe.extend(source, prompt, seconds=seconds, seed=job.seed, sampling=job.sampling, progress=job.report)
+        check_length(seconds, None)
+        job.settle(prompt or f"extended {Path(video).stem}", options.seed)
+        source = job.read(video, part)
+        clip = job.load().extend(source, prompt, seconds=seconds, seed=job.seed, sampling=job.sampling, progress=job.report)
         job.write(clip)
     job.tell(clip)
 

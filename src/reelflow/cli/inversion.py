@@ -32,16 +32,16 @@ def score(
 
     reelflow score ball.mp4 "a red ball moves right" --map surprise.mp4
     """
-    from reelflow.clip import Clip
-    from reelflow.pipelines.base import new_seed
-
-    new_seed(seed)
-    sampling(options)
-    if heat_map:
-        check_clip_output(heat_map)
     job = Job(options)
-    source = Clip.open(video, part.max_frames, part.start)
-    with job.loaded() as pipe:
+    with job.running():
+        from reelflow.pipelines.base import new_seed
+
+        new_seed(seed)
+        sampling(options)
+        if heat_map:
+            check_clip_output(heat_map)
+        source = job.read(video, part)
+        pipe = job.load()
         found = pipe.score(source, prompt, seed=seed, progress=job.report)
         if heat_map:
             job.report("writing", 0.0)
@@ -70,15 +70,14 @@ def encode(
 
     reelflow encode ball.mp4 -o ball.safetensors
     """
-    from reelflow.clip import Clip
-    from reelflow.pipelines.base import new_seed
-
-    new_seed(seed)
-    check_file(output, ".safetensors")
     job = Job(options)
-    source = Clip.open(video, part.max_frames, part.start)
-    with job.loaded() as pipe:
-        found = pipe.encode(source, prompt, seed=seed, progress=job.report)
+    with job.running():
+        from reelflow.pipelines.base import new_seed
+
+        new_seed(seed)
+        check_file(output, ".safetensors")
+        source = job.read(video, part)
+        found = job.load().encode(source, prompt, seed=seed, progress=job.report)
         found.save(output)
     values = {"file": output, "shape": list(found.z.shape), "fps": found.fps, "seed": seed, "model": found.model, "took": job.took}
     shape = " × ".join(map(str, found.z.shape))
@@ -94,12 +93,13 @@ def decode(
 
     reelflow decode ball.safetensors -o again.mp4
     """
-    from reelflow.pipelines import Encoding
+    job = ClipJob(options)
+    with job.running():
+        from reelflow.pipelines import Encoding
 
-    found = Encoding.open(encoding)
-    job = ClipJob(options, f"decoded {Path(encoding).stem}", found.seed, still=len(found.z) == 1)
-    with job.loaded() as pipe:
-        clip = pipe.decode(found, sampling=job.sampling, progress=job.report)
+        found = Encoding.open(encoding)
+        job.settle(f"decoded {Path(encoding).stem}", found.seed, still=len(found.z) == 1)
+        clip = job.load().decode(found, sampling=job.sampling, progress=job.report)
         job.write(clip)
     job.tell(clip)
 

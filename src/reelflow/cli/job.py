@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reelflow.cli.options import Making, OnModel, Solving, Writing
+from reelflow.cli.options import Making, OnModel, Part, Solving, Writing
 from reelflow.cli.screen import Report, Screen
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ def check_file(path: str | Path, suffix: str) -> None:
     check_writable(path)
 
 
-def check_clip_output(path: str | Path) -> str:
-    """The kind of file. Raises ValueError where no clip can be written to `path`."""
+def check_clip_output(path: str | Path, still: bool = False) -> None:
+    """Raise ValueError where no clip, or with `still` no clip of one frame, can be written to `path`."""
     from reelflow.clip import check_output
 
-    kind = check_output(path)
+    if check_output(path) == ".png" and not still:
+        raise ValueError(f"{path} holds one frame; use .mp4, .webm, .gif, a folder, or ask for --frames 1")
     check_writable(path)
-    return kind
 
 
 def new_name(words: str, seed: int) -> str:
@@ -55,25 +55,39 @@ def new_name(words: str, seed: int) -> str:
 class Job:
     """A command while it runs."""
 
+    options: OnModel
+
     def __init__(self, options: OnModel):
         self.options, self.began = options, time.perf_counter()
         self.screen = Screen(options.json, options.quiet)
         self.report: Report = lambda phase, share: None
 
     @contextmanager
-    def loaded(self) -> Iterator[Pipeline]:
-        """The model, with progress on the screen until the block ends; says the licence of published weights."""
+    def running(self) -> Iterator[None]:
+        """Progress on the screen until the block ends."""
+        with self.screen.progress() as self.report:
+            self.report("starting", 0.0)
+            yield
+
+    def read(self, video: str, part: Part) -> Clip:
+        """A part of a video file."""
+        from reelflow.clip import Clip
+
+        self.report("reading", 0.0)
+        return Clip.open(video, part.max_frames, part.start)
+
+    def load(self) -> Pipeline:
+        """The model; says the licence of published weights."""
         import reelflow
         from reelflow.adapters.hub import licence_notice
 
+        self.report("loading", 0.0)
         options = self.options
-        with self.screen.progress() as self.report:
-            self.report("loading", 0.0)
-            pipe = reelflow.load(options.model, options.device, options.precision)
-            notice = licence_notice(options.model) or licence_notice(pipe.about.licence)
-            if notice:
-                warnings.warn(notice, UserWarning, stacklevel=1)
-            yield pipe
+        pipe = reelflow.load(options.model, options.device, options.precision)
+        notice = licence_notice(options.model) or licence_notice(pipe.about.licence)
+        if notice:
+            warnings.warn(notice, UserWarning, stacklevel=1)
+        return pipe
 
     @property
     def took(self) -> float:
@@ -82,22 +96,21 @@ class Job:
 
 
 class ClipJob(Job):
-    """A command that makes a clip. Raises ValueError, before anything is loaded, for settings and a place that cannot be used."""
+    """A command that makes a clip."""
 
-    def __init__(self, options: Writing, words: str, seed: int | None, still: bool = False):
+    options: Writing
+
+    def settle(self, words: str, seed: int | None, still: bool = False) -> None:
+        """Fix seed, settings and place. Raises ValueError for those that cannot be used; `still`: a picture serves too."""
         from reelflow.pipelines.base import new_seed
 
-        super().__init__(options)
-        self.seed, self.metadata = new_seed(seed), options.metadata
-        self.sampling = sampling(options)
-        self.output = options.output or new_name(words, self.seed)
-        kind = check_clip_output(self.output)
-        if kind == ".png" and not still:
-            raise ValueError(f"{self.output} holds one frame; use .mp4, .webm, .gif, a folder, or ask for --frames 1")
+        self.seed, self.sampling = new_seed(seed), sampling(self.options)
+        self.output = self.options.output or new_name(words, self.seed)
+        check_clip_output(self.output, still)
 
     def write(self, clip: Clip) -> None:
         self.report("writing", 0.0)
-        clip.save(self.output, metadata=self.metadata)
+        clip.save(self.output, metadata=self.options.metadata)
 
     def tell(self, clip: Clip) -> None:
         """One line: file, frames × size, seconds, seed, passes, time."""

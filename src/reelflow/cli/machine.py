@@ -32,8 +32,8 @@ def bench(options: Solving) -> None:
     from reelflow.evaluation.bench import run
 
     job = Job(options)
-    with job.screen.progress() as report:
-        found = run(options.model, options.device, sampler=options.sampler, tolerance=options.tolerance, progress=report)
+    with job.running():
+        found = run(options.model, options.device, sampler=options.sampler, tolerance=options.tolerance, progress=job.report)
     job.screen.table(found, f"bench: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])
 
 
@@ -53,9 +53,9 @@ def toybox(
     from reelflow.evaluation.toybox import run
 
     job = Job(options)
-    with job.screen.progress() as report:
+    with job.running():
         found = run(
-            options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance, progress=report
+            options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance, progress=job.report
         )
     job.screen.table(found, f"toybox: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])
 

@@ -28,6 +28,7 @@ def list_models(options: Printing) -> None:
     ]
     if not cards and not options.json:
         tell("no model ships in this package; name a folder or a Hugging Face id with --model")
+        return
     Screen(options.json).table(cards, "packaged models", ("name", "family", "frames of", "tasks", "disk", "licence"), rows)
 
 
