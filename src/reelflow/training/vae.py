@@ -231,7 +231,7 @@ def measure(vae: AutoencoderKLWan, seed: int, count: int = 8, frames: int = CLIP
 
 @torch.no_grad()
 def export(
-    vae: AutoencoderKLWan, folder: str | Path, seed: int = 1, count: int = 256, frames: int = CLIP, floor: float = 0.1
+    vae: AutoencoderKLWan, folder: str | Path, seed: int = 1, count: int = 64, frames: int = CLIP, floor: float = 0.1
 ) -> dict[str, list[float]]:
     """Write the diffusers folder, with the mean and standard deviation of the latents of `count` clips in its config.
 
@@ -243,10 +243,15 @@ def export(
     latents = torch.cat([vae.encode(to_pixels(render([scene], frames))).latent_dist.mode() for scene in scenes])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.clamp_min(floor * std.mean()).tolist())
+    write(vae, folder)
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def write(vae: AutoencoderKLWan, folder: str | Path) -> None:
+    """Write the diffusers folder as it is, with the statistics that its config already has."""
     for parameter in vae.parameters():
         parameter.data = parameter.data.contiguous()
     vae.save_pretrained(folder)
-    return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 def train(
@@ -298,8 +303,11 @@ def main() -> None:
         torch.set_num_threads(1)
     trainer = train(VaeTraining.parse(options), folder, start, fused)
     if target and (not dist.is_initialized() or dist.get_rank() == 0):
-        std = sorted(export(trainer.averaged(), target)["std"])
-        sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[24]:.3f}\n")
+        if trainer.config.decoder_only:
+            write(trainer.averaged(), target)
+        else:
+            std = sorted(export(trainer.averaged(), target)["std"])
+            sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[24]:.3f}\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 
