@@ -114,6 +114,9 @@ class FlowConfig(Strict):
             heads = self.num_heads or width // self.head_dim
             if self.num_kv_heads and heads % self.num_kv_heads:
                 raise ValueError(f"{heads} heads cannot share num_kv_heads = {self.num_kv_heads}; it must divide them")
+        spatial = self.head_dim // 2 - (8 if self.text_tokens or self.window > 1 else 0)
+        if self.positions != "learned" and (self.head_dim % 2 or spatial < 0 or spatial % 2):
+            raise ValueError(f"head_dim = {self.head_dim} cannot be split over time, rows and columns; use 32, 64 or 128")
         if (self.text_tokens == 0) != (self.text_dim == 0):
             raise ValueError(f"text_tokens = {self.text_tokens} and text_dim = {self.text_dim}: both zero or neither")
         if (self.positions == "learned") != (self.learned_places is not None):

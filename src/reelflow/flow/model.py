@@ -88,7 +88,12 @@ class StarFlow(nn.Module):
         Args:
             x_BFChw: latents (standardised, noise σ added), float32.
             text_BLE: text states, needed by a model with text.
+
+        Raises:
+            ValueError: no text states for a model that reads text.
         """
+        if self.config.text_tokens and text_BLE is None:
+            raise ValueError("this model reads text; give its states, or those of the empty prompt")
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
         z, log_det = wide(to_tokens(x_BFChw)), torch.zeros((), device=x_BFChw.device)
         for block in self.blocks:

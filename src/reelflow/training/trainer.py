@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -194,7 +195,10 @@ class Trainer:
 
     def restore(self) -> None:
         """Continue from the folder's checkpoint. Raises ValueError where it is of another architecture."""
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.checkpoint}: damaged ({type(error).__name__}); remove it to start anew") from None
         try:
             self.parts.load_state_dict(state["parts"])
             self.average.load_state_dict(state["average"])
