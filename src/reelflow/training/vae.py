@@ -251,6 +251,7 @@ def write(vae: AutoencoderKLWan, folder: str | Path) -> None:
     """Write the diffusers folder as it is, with the statistics that its config already has."""
     for parameter in vae.parameters():
         parameter.data = parameter.data.contiguous()
+    vae.register_to_config(_name_or_path="")  # not the folder it was loaded from
     vae.save_pretrained(folder)
 
 
