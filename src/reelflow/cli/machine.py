@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from reelflow.cli.job import Job
-from reelflow.cli.options import Printing, Solving, takes
+from reelflow.cli.options import OnModel, Printing, Solving, takes
 from reelflow.cli.screen import Screen
 
 evaluate = typer.Typer(no_args_is_help=True)
@@ -23,18 +23,24 @@ def doctor(options: Printing) -> None:
     Screen(options.json, options.quiet).table(found, "reelflow doctor", ("topic", "found"), rows)
 
 
-@takes(options=Solving)
-def bench(options: Solving) -> None:
-    """Measure sampling: tokens per second, passes, seconds to the first frame, peak memory.
+@takes(options=OnModel)
+def bench(
+    options: OnModel,
+    frames: Annotated[
+        int | None, typer.Option(metavar="1+4k", help="Frames of the clip. \\[default: the trained length, the most]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N≥1", min=1, help="How often each schedule is timed; the median counts.")] = 3,
+) -> None:
+    """Measure sampling: tokens per second, passes, seconds to the first frame, peak memory, error against sequential.
 
     reelflow bench --model mini --json
     """
-    from reelflow.evaluation.bench import run
-
     job = Job(options)
     with job.running():
-        found = run(options.model, options.device, sampler=options.sampler, tolerance=options.tolerance, progress=job.report)
-    job.screen.table(found, f"bench: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])
+        from reelflow.evaluation.bench import run, table
+
+        found = run(options.model, options.device, options.precision, frames=frames, repeats=repeats, progress=job.report)
+    job.screen.result(found, table(found))
 
 
 @evaluate.command()
@@ -50,10 +56,10 @@ def toybox(
 
     reelflow evaluate toybox --model mini --count 64
     """
-    from reelflow.evaluation.toybox import run
-
     job = Job(options)
     with job.running():
+        from reelflow.evaluation.toybox import run
+
         found = run(
             options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance, progress=job.report
         )

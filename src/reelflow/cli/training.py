@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,8 @@ def train(
     from reelflow.training.run import run
 
     rows: list[dict[str, Any]] = []
-    screen = Screen(options.json, options.quiet)
+    first = os.environ.get("RANK", "0") == "0"  # torchrun starts this command once per process; one of them talks
+    screen = Screen(options.json, options.quiet or not first)
     with _bar(screen, settings.steps) as bar:
         (task,) = bar.task_ids
 
@@ -51,10 +53,13 @@ def train(
         try:
             model = run(settings, folder, on_log)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{folder} holds the last checkpoint; the same command goes on from there") from None
+            saved = (folder / "checkpoint.pt").exists()
+            left = f"{folder} holds the last checkpoint; the same command goes on from there" if saved else "no checkpoint was written yet"
+            raise KeyboardInterrupt(left) from None
     last = rows[0] if rows else {}
     words = f"{model}: {settings.steps} steps" + (f" · {_words(last)}" if last else ", all of them done before")
-    screen.result({"model": str(model), "folder": str(folder), "steps": settings.steps, **last}, words)
+    if first:
+        screen.result({"model": str(model), "folder": str(folder), "steps": settings.steps, **last}, words)
 
 
 def _bar(screen: Screen, steps: int) -> Progress:
