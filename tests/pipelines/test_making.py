@@ -176,7 +176,7 @@ def test_a_picture_of_any_size_is_cropped_in_the_middle(pipe: StarFlowPipeline, 
     side = min(size)
     top, left = (height - side) // 2, (width - side) // 2
     pixels[top : top + side, left : left + side] = (200, 30, 40)
-    fitted, aspect = pipe._fit(picture(pixels))
+    fitted, aspect = pipe.framing.fit(picture(pixels))
     assert (fitted.frames.shape, aspect) == ((1, 64, 64, 3), "1:1")
     reach = 14
     assert (fitted.frames[:, reach:-reach, reach:-reach] == (200, 30, 40)).all()
@@ -199,7 +199,7 @@ def moving(frames: int, fps: float, height: int = 64, width: int = 64) -> Clip:
 
 @pytest.mark.parametrize("fps", [179 / 6, 12.5, 10.0, 8.0, 3.0])
 def test_videos_of_any_rate_come_at_the_models(pipe: StarFlowPipeline, fps: float) -> None:
-    source, _ = pipe._source(moving(int(3 * fps), fps, 90, 160), None)
+    source, _ = pipe.framing.source(moving(int(3 * fps), fps, 90, 160), None)
     assert source.frames.shape == (21, 64, 64, 3), "24 frames of 8 per second, cut to 1 + 4k"
     expected = np.arange(21) / 8 * 20
     assert np.abs(source.frames[:, 0, 0, 0] - expected).max() <= 20 / fps + 1

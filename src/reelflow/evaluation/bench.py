@@ -64,7 +64,7 @@ def run(
     pipe = load(model, device, precision)
     if not isinstance(pipe, StarFlowPipeline):
         raise ValueError(f"{model} is no flow; the sampling of flows is what this measures")
-    shape = pipe.codec.latent_shape(frames or pipe.about.frames, *pipe.frame_size("1:1"))
+    shape = pipe.codec.latent_shape(frames or pipe.about.frames, *pipe.framing.frame_size("1:1"))
     if shape[0] > pipe.flow.config.window:
         raise ValueError(f"frames {frames}: longer than the trained length of {pipe.about.frames}; give at most that")
     guidance = (pipe.about.guidance if guidance is None else guidance) if pipe.text else 0.0

@@ -8,7 +8,7 @@ from reelflow.pipelines.base import Device, Encoding, Pipeline, Precision, Score
 
 
 def load(source: str | Path, device: Device | None = None, precision: Precision = "float32") -> Pipeline:
-    """Load a model: a packaged name ("mini"), a model folder, or a Hugging Face id.
+    """Load a model: a packaged name ("mini"), a model folder, a reference checkpoint file, or a Hugging Face id.
 
     Args:
         device: "cpu", "cuda", …; by default a GPU if there is one.
@@ -20,12 +20,10 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
     from reelflow.adapters.hub import resolve
     from reelflow.pipelines.starflow import StarFlowPipeline
 
-    folder = resolve(source)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: a single file; turn it into a model folder with: reelflow models convert {folder} -o FOLDER")
+    place = resolve(source)
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision {precision!r} is not one of float32, bfloat16")
-    return StarFlowPipeline.load(folder, _device(device), precision)
+    return StarFlowPipeline.load(place, _device(device), precision)
 
 
 def _device(asked: Device | None) -> Device:

@@ -6,9 +6,9 @@ Shapes: B clips, F latent frames, C channels, h × w places, L text tokens, E te
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import ceil, inf, sqrt
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,11 +38,8 @@ from reelflow.pipelines.base import (
     silent,
     spoken,
 )
-from reelflow.sampling import Report, Schedule, default_context, sample
-
-ASPECTS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
-SMALLEST = 16
-"""Pixels: a side shorter than this shows nothing a model could continue."""
+from reelflow.pipelines.framing import Framing
+from reelflow.sampling import Schedule, default_context, sample
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,7 @@ class StarFlowPipeline(Pipeline):
 
     def __init__(self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None):
         self.about, self.flow, self.codec, self.text = about, flow.eval().requires_grad_(False), codec, text
+        self.framing = Framing(about, codec)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +85,7 @@ class StarFlowPipeline(Pipeline):
             prompt: what to show; not empty.
             seed: 0 … 2^63 − 1; random if absent, always in the metadata.
             seconds, frames: length; frames must be one the codec takes (1 + 4k). By default the trained length.
-            aspect: width:height, one of `ASPECTS` (models of one aspect: 1:1).
+            aspect: width:height, one of `framing.ASPECTS` (models of one aspect: 1:1).
 
         Raises:
             ValueError: an empty prompt or a setting that is not usable, with what would be.
@@ -108,8 +106,8 @@ class StarFlowPipeline(Pipeline):
         """Several prompts at once, each with its seed; a clip does not depend on the others of its batch."""
         for prompt in prompts:
             spoken(prompt, "generate")
-        length = self._length(seconds, frames)
-        shape = self.codec.latent_shape(length, *self.frame_size(aspect))
+        length = self.framing.length(seconds, frames)
+        shape = self.codec.latent_shape(length, *self.framing.frame_size(aspect))
         noise = torch.stack([self._noise(seed, shape) for seed in seeds])
         latents, used = self._sample(prompts, noise, None, sampling, progress, aspect=aspect)
         pixels = self._decode(latents, progress)
@@ -123,8 +121,8 @@ class StarFlowPipeline(Pipeline):
     ) -> Clip:  # fmt: skip
         """Picture (and text) → video that begins with it. The picture is centre-cropped to the nearest aspect of the model."""
         self.require("animate")
-        seed, length = new_seed(seed), self._length(seconds, frames)
-        first, aspect = self._fit(picture(image))
+        seed, length = new_seed(seed), self.framing.length(seconds, frames)
+        first, aspect = self.framing.fit(picture(image))
         shape = self.codec.latent_shape(length, first.height, first.width)
         given = self._latents(first)
         latents, used = self._sample([prompt], self._noise(seed, shape)[None], given, sampling, progress, seed=seed, aspect=aspect)
@@ -138,7 +136,7 @@ class StarFlowPipeline(Pipeline):
         self.require("edit")
         spoken(prompt, "edit")
         seed = new_seed(seed)
-        source, aspect = self._source(clip, self.about.frames)
+        source, aspect = self.framing.source(clip, self.about.frames)
         given = self._latents(source)
         noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, (given.shape[1], *given.shape[3:]))))[None]
         both, used = self._sample(
@@ -157,7 +155,7 @@ class StarFlowPipeline(Pipeline):
         self.require("extend")
         seed = new_seed(seed)
         step = self.codec.temporal_factor
-        source, aspect = self._source(clip, None)
+        source, aspect = self.framing.source(clip, None)
         check_length(seconds, None)
         wanted = round(seconds * self.about.fps)
         if wanted <= len(source):
@@ -178,7 +176,7 @@ class StarFlowPipeline(Pipeline):
 
         Beyond the trained length the density is that of the windowed model: every window reads its context again.
         """
-        source, aspect = self._source(clip, None)
+        source, aspect = self.framing.source(clip, None)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
         states = self.states([prompt], aspect, image=len(source) == 1)
         window, frames = self.flow.config.window, x.shape[1]
@@ -201,7 +199,7 @@ class StarFlowPipeline(Pipeline):
         """Video → noise: the exact inverse of decoding, with data noise from `seed` so that z is standard normal where the
         model fits. At most the trained length.
         """
-        source, aspect = self._source(clip, self.about.frames)
+        source, aspect = self.framing.source(clip, self.about.frames)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
         with torch.no_grad():
             z = self.flow(x.to(self.device), self.states([prompt], aspect, image=len(source) == 1)).z
@@ -217,7 +215,7 @@ class StarFlowPipeline(Pipeline):
         if z.ndim != 4 or z.shape[1] != self.flow.config.channels or not torch.isfinite(z).all():
             raise ValueError(f"z is {tuple(z.shape)}: expected finite (latent frames, {self.flow.config.channels}, h, w)")
         used = replace(sampling, guidance=0.0, denoise=encoding.seed is None)
-        latents, report = self._sample([encoding.prompt], z[None], None, used, progress, aspect=self._aspect(*z.shape[2:]))
+        latents, report = self._sample([encoding.prompt], z[None], None, used, progress, aspect=self.framing.nearest_aspect(*z.shape[2:]))
         if encoding.seed is not None:
             noise = torch.Generator().manual_seed(encoding.seed)
             latents = add_noise(latents.cpu(), -self.flow.config.noise_std, noise)
@@ -230,58 +228,11 @@ class StarFlowPipeline(Pipeline):
         """`generate` in pieces: the same clip, decoded latent frame by latent frame."""
         self.require("generate")
         spoken(prompt, "generate")
-        seed, length = new_seed(seed), self._length(seconds, frames)
-        shape = self.codec.latent_shape(length, *self.frame_size(aspect))
+        seed, length = new_seed(seed), self.framing.length(seconds, frames)
+        shape = self.codec.latent_shape(length, *self.framing.frame_size(aspect))
         latents, used = self._sample([prompt], self._noise(seed, shape)[None], None, sampling, progress, aspect=aspect)
         for pixels in self.codec.decode_frames(latents):
             yield self._clip(pixels[0].numpy(), "generate", prompt, seed, used, frames=length, aspect=aspect)
-
-    def frame_size(self, aspect: str) -> tuple[int, int]:
-        """(height, width) in pixels at the model's area: side / √R and side · √R, rounded to the codec's multiple."""
-        if not self.about.prompt.aspect and aspect != "1:1":
-            raise ValueError(f"aspect {aspect!r}: {self.about.name} makes square clips only; use 1:1")
-        if aspect not in ASPECTS:
-            raise ValueError(f"aspect {aspect!r} is not one of {', '.join(ASPECTS)}")
-        across, down = map(int, aspect.split(":"))
-        ratio, unit = sqrt(across / down), self.codec.spatial_factor
-        height, width = round(self.about.size / ratio / unit) * unit, round(self.about.size * ratio / unit) * unit
-        return height, width
-
-    def _aspect(self, height: float, width: float) -> str:
-        """The model's aspect nearest to a picture's."""
-        usable = ASPECTS if self.about.prompt.aspect else ("1:1",)
-
-        def distance(aspect: str) -> float:
-            across, down = map(int, aspect.split(":"))
-            return abs(np.log(across / down * height / width))
-
-        return min(usable, key=distance)
-
-    def _length(self, seconds: float | None, frames: int | None) -> int:
-        check_length(seconds, frames)
-        if frames is not None:
-            return frames
-        if seconds is None:
-            return self.about.frames
-        step = self.codec.temporal_factor
-        return 1 + step * round(max(0.0, seconds * self.about.fps - 1) / step)
-
-    def _fit(self, clip: Clip) -> tuple[Clip, str]:
-        """Centre-crop to the nearest aspect of the model and resize to its size there."""
-        if min(clip.height, clip.width) < SMALLEST:
-            raise ValueError(f"the picture is {clip.width} × {clip.height} pixels; give one of at least {SMALLEST} × {SMALLEST}")
-        aspect = self._aspect(clip.height, clip.width)
-        return clip.resized(*self.frame_size(aspect)), aspect
-
-    def _source(self, clip: Clip, most: int | None) -> tuple[Clip, str]:
-        """A given video at the model's rate and size, its end cut to a length the codec takes (at most `most` frames)."""
-        clip, aspect = self._fit(clip.resample(self.about.fps))
-        step = self.codec.temporal_factor
-        length = 1 + (len(clip) - 1) // step * step
-        if most is not None and length > most:
-            say(f"the video has {len(clip)} frames at {self.about.fps:g} per second; the first {most} are used")
-            length = most
-        return clip[:length], aspect
 
     def _latents(self, clip: Clip) -> Tensor:
         """(1, F, C, h, w): the posterior's mean, standardised and scaled, without noise."""
@@ -370,16 +321,26 @@ class StarFlowPipeline(Pipeline):
         return Clip(pixels, self.about.fps, made | {"reports": used["reports"], "seconds": used["seconds"]})
 
     @classmethod
-    def load(cls, folder: Path, device: Device, precision: Precision) -> Self:
-        """Load a model folder. Raises ValueError naming what is missing or does not fit."""
-        from reelflow.adapters.checkpoint import load_into
+    def load(cls, source: Path, device: Device, precision: Precision) -> Self:
+        """Load a model folder, or a reference checkpoint file as it is (its codec and T5 from beside it or Hugging Face).
+
+        Raises ValueError naming what is missing or does not fit.
+        """
+        from reelflow.adapters.checkpoint import load_into, read_weights
+        from reelflow.adapters.convert import open_checkpoint
         from reelflow.adapters.hub import part_folder
 
-        about = ModelConfig.read(folder / "config.json")
-        config = FlowConfig.read(folder / "transformer" / "config.json")
+        folder = source if source.is_dir() else source.parent
+        weights: Mapping[str, Tensor]
+        if source.is_dir():
+            about = ModelConfig.read(source / "config.json")
+            config = FlowConfig.read(source / "transformer" / "config.json")
+            weights = read_weights(source / "transformer")
+        else:
+            about, config, weights = open_checkpoint(source)
         with torch.device("meta"):
             flow = StarFlow(config)
-        load_into(flow, folder / "transformer", device, torch.float32)
+        load_into(flow, weights, device, torch.float32)
         codec = load_codec(part_folder(folder, "vae", about.parts), about.latent_scale, device)
         text = None
         if config.text_tokens:
@@ -399,4 +360,4 @@ def _tokens_to_share(progress: Progress, total: int) -> Callable[[int], None]:
     return step
 
 
-__all__ = ["ASPECTS", "Report", "Sampling", "StarFlowPipeline"]
+__all__ = ["Sampling", "StarFlowPipeline"]
