@@ -18,8 +18,8 @@ SCORE_UNIT = 0.3
 def denoise(model: StarFlow, x_BFChw: Tensor, text_BLE: Tensor | None, window: int | None = None) -> Tensor:
     """Clean latents by the learned denoiser, or by one Tweedie step where the model has none.
 
-    Videos beyond the `window` (the trained one by default) go in chunks of it, each of which takes its first `denoiser_window` frames from the
-    chunk before as context.
+    Videos beyond the `window` (the trained one by default) go in chunks of it, each of which takes its first
+    `denoiser_window` frames from the chunk before as context.
     """
     if model.denoiser is None:
         return tweedie(model, x_BFChw, text_BLE)

@@ -92,8 +92,8 @@ def encode_shard(encoder: Encoder, shard: Shard, seed: int) -> tuple[dict[str, T
 def write_shard(encoder: Encoder, shard: Shard, folder: Path, seed: int) -> None:
     """Encode and write one shard, under a temporary name first."""
     tensors, words = encode_shard(encoder, shard, seed)
-    header = {"kind": shard.kind, "frames": shard.frames, "seed": seed, "first": shard.first}
-    header = {key: str(value) for key, value in header.items()} | {"captions": json.dumps(words)}
+    about = {"kind": shard.kind, "frames": shard.frames, "seed": seed, "first": shard.first}
+    header = {key: str(value) for key, value in about.items()} | {"captions": json.dumps(words)}
     temporary = folder / f".{shard.name}.tmp"
     save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, temporary, header)
     temporary.replace(folder / shard.name)

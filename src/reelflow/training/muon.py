@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the trainer has none
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
@@ -27,6 +27,7 @@ class Muon(torch.optim.Optimizer):
             for members in shapes.values():
                 updates = []
                 for p in members:
+                    assert p.grad is not None
                     mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                     mean.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(mean, group["momentum"]).flatten(1))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 
@@ -41,7 +41,7 @@ def _fused_normalise_silu() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(_normalise_silu, dynamic=False)
 
 
-def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def _conv(conv: Any, x: Tensor) -> Tensor:
     """Causal convolution: the first frame is preceded by zeros."""
     _, right, _, bottom, front, _ = conv._padding
     if front:
@@ -58,7 +58,7 @@ def _clips(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _average(short: nn.Module, x: Tensor) -> Tensor:
+def _average(short: Any, x: Tensor) -> Tensor:
     """The averaging shortcut (AvgDown3D) of the encoder."""
     t, s = short.factor_t, short.factor_s
     if t == s == short.group_size == 1:
@@ -70,7 +70,7 @@ def _average(short: nn.Module, x: Tensor) -> Tensor:
     return y.permute(0, 2, 4, 5, 1, 3).flatten(4).permute(0, 4, 1, 2, 3)
 
 
-def _duplicate(short: nn.Module, x: Tensor) -> Tensor:
+def _duplicate(short: Any, x: Tensor) -> Tensor:
     """The duplicating shortcut (DupUp3D) of the decoder, for a clip from its first frame."""
     t, s = short.factor_t, short.factor_s
     if short.repeats == t * s * s:
@@ -84,7 +84,7 @@ def _duplicate(short: nn.Module, x: Tensor) -> Tensor:
 class OnePass:
     """The two halves of a residual VAE (Wan 2.2). fused: compile the norms (a C++ compiler is needed)."""
 
-    vae: AutoencoderKLWan
+    vae: Any
     fused: bool = False
 
     def encode(self, x_BCFHW: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class OnePass:
         x = x.unflatten(1, (-1, p, p)).permute(0, 1, 4, 5, 3, 6, 2)
         return x.flatten(5, 6).flatten(3, 4)
 
-    def _activate(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def _activate(self, norm: Any, x: Tensor) -> Tensor:
         """RMS norm over channels, then SiLU."""
         channels_last = x.movedim(1, -1)
         rows = channels_last.reshape(-1, x.shape[1])
@@ -122,24 +122,25 @@ class OnePass:
         rows = (_fused_normalise_silu() if self.fused else _normalise_silu)(rows, norm.gamma.flatten())
         return rows.view(channels_last.shape).movedim(-1, 1)
 
-    def _resnet(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _resnet(self, block: Any, x: Tensor) -> Tensor:
         h = _conv(block.conv1, self._activate(block.norm1, x))
         h = _conv(block.conv2, self._activate(block.norm2, h))
         return h + (x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x))
 
-    def _mid(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _mid(self, block: Any, x: Tensor) -> Tensor:
         x = self._resnet(block.resnets[0], x)
         for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
             frames = _frames(x)
             tokens = _normalise(frames.flatten(2).transpose(1, 2), attention.norm.gamma.flatten()).to(x.dtype)
             qkv = F.linear(tokens, attention.to_qkv.weight.flatten(1), attention.to_qkv.bias)
-            mixed = F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in qkv.chunk(3, -1))).squeeze(1)
+            q, k, v = qkv.unsqueeze(1).chunk(3, -1)
+            mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
             out = F.linear(mixed, attention.proj.weight.flatten(1), attention.proj.bias)
             x = x + _clips(out.transpose(1, 2).unflatten(2, frames.shape[2:]), x.shape[0])
             x = self._resnet(resnet, x)
         return x
 
-    def _down(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _down(self, block: Any, x: Tensor) -> Tensor:
         y = _average(block.avg_shortcut, x)
         for resnet in block.resnets:
             x = self._resnet(resnet, x)
@@ -149,7 +150,7 @@ class OnePass:
                 x = torch.cat([x[:, :, :1], _conv(block.downsampler.time_conv, x)], 2)
         return x + y
 
-    def _up(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _up(self, block: Any, x: Tensor) -> Tensor:
         short, y = block.avg_shortcut, x
         for resnet in block.resnets:
             x = self._resnet(resnet, x)

@@ -296,7 +296,8 @@ def main() -> None:
     parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
     for name, field in VaeTraining.model_fields.items():
         if field.annotation in (int, float):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=field.annotation, default=field.default, help="default: %(default)s")
+            kind: Callable[[str], int | float] = int if field.annotation is int else float
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="default: %(default)s")
     options = vars(parser.parse_args())
     folder, target, start, fused = options.pop("folder"), options.pop("export"), options.pop("start"), not options.pop("no_fused")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
