@@ -69,7 +69,7 @@ BAD = {
     "extension of an encoding": (["encode", "good.mp4", "-o", "z.mp4"], "z.mp4", "ends with .safetensors"),
     "one picture for many frames": (["generate", "x", "-o", "a.png"], "a.png holds one frame", "--frames 1"),
     "unknown model": (["generate", "x", "--model", "maxi"], "'maxi': unknown model", "give a packaged name"),
-    "checkpoint file as model": (["generate", "x", "--model", "evil.pth"], "evil.pth: a single file", "reelflow models convert"),
+    "checkpoint file as model": (["generate", "x", "--model", "evil.pth"], "evil.pth: cannot be read", "holds more than tensors"),
     "pickle that is not weights": (["models", "convert", "evil.pth", "--config", "run.yaml", "-o", "m"], "evil.pth: cannot be read"),
     "frames": (["generate", "x", "--frames", "10"], "frames = 10", "nearest: 9 or 13"),
     "frames below one": (["generate", "x", "--frames", "0"], "frames 0 is not usable", "give 1"),

@@ -40,8 +40,8 @@ class OnModel(Printing):
         str,
         typer.Option(
             "--model", "-m", metavar="NAME|FOLDER|HF-ID|FILE", rich_help_panel=MACHINE,
-            help="Packaged name (see: reelflow models list), model folder, or Hugging Face id org/name, which is downloaded once. "
-            "A checkpoint file is converted first: reelflow models convert.",
+            help="Packaged name (see: reelflow models list), model folder, Hugging Face id org/name (downloaded once), or the file of a "
+            "published checkpoint under its own name (others: reelflow models convert).",
         ),
     ] = "mini"  # fmt: skip
     device: Annotated[
