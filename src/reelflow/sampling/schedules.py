@@ -106,10 +106,10 @@ def jacobi(
     s, entered = known, known
     while s < places:
         stop = min(s + window, places)
-        for t in range(entered, stop):
-            back = max(t - stride, 0) if t - stride >= known else t
-            stream[:, t + 1] = shift[:, back] + scale[:, back] * z_BTC[:, t]
-        entered = max(entered, stop)
+        new_places = torch.arange(entered, stop, device=z_BTC.device)
+        back = torch.where(new_places - stride >= known, new_places - stride, new_places)
+        stream[:, entered + 1 : stop + 1] = shift[:, back] + scale[:, back] * z_BTC[:, entered:stop]
+        entered = stop
         found = conditioner(stream[:, s:stop], s)
         new, old = found.inverse(z_BTC[:, s:stop]), stream[:, s + 1 : stop + 1]
         change = ((new - old).abs() / found.scale).amax((0, 2))
