@@ -23,12 +23,9 @@ MASK_ROWS = 256  # a mask is never built for more queries than this at a time
 
 def attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention; fewer key heads than query heads are shared among neighbouring queries."""
-    grouped = q_BHTD.shape[1] != k_BHTD.shape[1]
-    if q_BHTD.device.type == "cpu" and q_BHTD.requires_grad and q_BHTD.dtype == torch.bfloat16:
-        # The CPU's backward pass is four times slower in bfloat16 than in float32 (torch 2.13), the forward about equal.
-        with torch.autocast("cpu", enabled=False):
-            return attention(q_BHTD.float(), k_BHTD.float(), v_BHTD.float(), mask, causal).to(q_BHTD.dtype)
-    return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    with torch.autocast(q_BHTD.device.type, enabled=False):  # in the precision it is given
+        grouped = q_BHTD.shape[1] != k_BHTD.shape[1]
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def causal(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
@@ -114,12 +111,15 @@ class Attention(nn.Module):
         self.post_norm = RMSNorm(width) if config.post_norm else nn.Identity()
 
     def forward(self, x_BTM: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        qkv = self.qkv(self.norm(x_BTM).to(self.qkv.weight.dtype)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qkv = self.qkv(self.norm(x_BTM).to(self.qkv.weight.dtype))
+        if qkv.device.type == "cpu" and qkv.requires_grad:
+            qkv = wide(qkv)  # the CPU's attention backward is four times slower in bfloat16 (torch 2.13), the forward about equal
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q_BHTD, k_BHTD, v_BHTD = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q_BHTD, k_BHTD = self.query_norm(q_BHTD), self.key_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotary.rotate(q_BHTD), rotary.rotate(k_BHTD)
-        mixed = attend(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2)
+        mixed = attend(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2).to(self.proj.weight.dtype)
         return self.post_norm(self.proj(mixed))
 
 

@@ -97,10 +97,7 @@ class CachedLatents:
         return wrap_prompt(text, fps=about.fps if about.prompt.fps else None, image=task == "image", noise_std=noise, aspect=aspect)
 
     def _bucket(self, step: int, rng: np.random.Generator) -> Bucket:
-        for stage in self.config.stages:
-            if step < stage.steps:
-                break
-            step -= stage.steps
+        stage = self.config.stage(step)
         shares = np.array([bucket.share for bucket in stage.buckets])
         return stage.buckets[int(rng.choice(len(shares), p=shares / shares.sum()))]
 

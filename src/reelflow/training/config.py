@@ -29,6 +29,8 @@ class Bucket(Strict):
 class Stage(Strict):
     steps: int = Field(ge=1)
     buckets: tuple[Bucket, ...] = Field(min_length=1)
+    denoiser: bool = True
+    """Whether the denoiser learns here; from the score of a flow that knows nothing yet there is little to learn."""
 
 
 class TextConfig(Strict):
@@ -53,6 +55,8 @@ class TrainConfig(Strict):
     text: TextConfig | Path
     """A small T5 to train along, or the folder of a trained one, which stays as it is."""
     stages: tuple[Stage, ...] = Field(min_length=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the flow. muon: orthogonalised momentum for the matrices of its layers, AdamW for all else, at the same rate."""
     lr: float = Field(5e-5, gt=0)
     min_lr: float = Field(1e-6, ge=0)
     denoiser_lr: float = Field(1e-4, gt=0)
@@ -76,6 +80,14 @@ class TrainConfig(Strict):
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that `step`, 0 …, belongs to; the last one also serves later steps."""
+        for stage in self.stages:
+            if step < stage.steps:
+                break
+            step -= stage.steps
+        return stage
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Self:

@@ -30,6 +30,7 @@ from reelflow.likelihood import HALF_LOG_TAU, add_noise
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
 from reelflow.training.loss import nll, score_loss, score_target
+from reelflow.training.muon import Muon
 
 
 class Source(Protocol):
@@ -74,9 +75,13 @@ class Trainer:
         def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
             return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
 
-        self.optimizers = [adamw(self.flow_parameters, config.lr)]
+        layers = [p for block in self.flow.blocks for p in block.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"]
+        matrices = {id(p) for p in layers}
+        self.optimizers = [(adamw([p for p in self.flow_parameters if id(p) not in matrices], config.lr), config.lr)]
+        if layers:
+            self.optimizers.append((Muon(layers, config.lr), config.lr))
         if denoiser:
-            self.optimizers.append(adamw(denoiser, config.denoiser_lr))
+            self.optimizers.append((adamw(denoiser, config.denoiser_lr), config.denoiser_lr))
         self.step = 0
         self.skipped = 0
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -116,7 +121,7 @@ class Trainer:
         loss.backward()
         assert x.grad is not None
         score = torch.zeros(())
-        if self.flow.denoiser:
+        if self.flow.denoiser and config.stage(self.step).denoiser:
             with self.precision():
                 score = score_loss(self.flow, x, score_target(self.flow, x.grad), states)
             score.backward()
@@ -127,7 +132,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.denoiser_parameters, config.grad_clip)
         skip = config.grad_skip and self.step >= 100 and norm > config.grad_clip
         self.skipped += skip
-        for optimizer, peak in zip(self.optimizers, (config.lr, config.denoiser_lr), strict=False):
+        for optimizer, peak in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.rate(self.step, peak)
             if not skip:
                 optimizer.step()
@@ -181,7 +186,7 @@ class Trainer:
             "skipped": self.skipped,
             "parts": self.parts.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
         }
         temporary = self.checkpoint.with_suffix(".tmp")
         try:
@@ -205,6 +210,6 @@ class Trainer:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise ValueError(f"{self.checkpoint}: of another architecture ({first}); give another folder") from None
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.skipped = state["step"], state["skipped"]
