@@ -5,6 +5,9 @@ Shapes: B batch, F latent frames, C channels, h × w places, L text tokens, E te
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,40 @@ def denoise(model: StarFlow, x_BFChw: Tensor, text_BLE: Tensor | None, window: i
             clean[:, start + skip : start + window] = found[:, skip:]
             start, skip = start + window - context, context
     return clean
+
+
+@torch.no_grad()
+def denoise_frames(
+    model: StarFlow, frames: Iterable[Tensor], text: Callable[[int], Tensor | None], window: int | None = None
+) -> Iterator[Tensor]:
+    """`denoise` by the learned denoiser, frame by frame (B, C, h, w), each as soon as the look-ahead allows.
+
+    `text`: states by the first new frame of a chunk.  Raises ValueError for a model without a learned denoiser.
+    """
+    if model.denoiser is None:
+        raise ValueError("this model has no learned denoiser, and a Tweedie step reads the whole video; do not stream, or do not denoise")
+    window = window or model.config.window
+    context = min(model.denoiser.config.window or window - 1, window - 1)
+    source, chunk, done = iter(frames), list[Tensor](), 0
+    while (new := next(source, None)) is not None:
+        kept = chunk[-context:]
+        chunk = []
+        rest = islice(source, window - len(kept) - 1)
+        for index, score in enumerate(model.score_frames(_kept(chain(kept, (new,), rest), chunk), _size(new), text(done))):
+            if index >= len(kept):
+                yield chunk[index] - SCORE_UNIT * score
+                done += 1
+
+
+def _kept(frames: Iterable[Tensor], into: list[Tensor]) -> Iterator[Tensor]:
+    """The frames, each added to `into` as it passes."""
+    for frame in frames:
+        into.append(frame)
+        yield frame
+
+
+def _size(x_BChw: Tensor) -> tuple[int, int]:
+    return x_BChw.shape[-2], x_BChw.shape[-1]
 
 
 def tweedie(model: StarFlow, x_BFChw: Tensor, text_BLE: Tensor | None = None) -> Tensor:

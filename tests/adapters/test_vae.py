@@ -112,12 +112,12 @@ def test_decode_undoes_the_scaling(video: VideoCodec) -> None:
 
 def test_decoding_frame_by_frame_is_the_same_and_causal(video: VideoCodec) -> None:
     latents = torch.randn(1, 3, 6, 1, 2)
-    pieces = list(video.decode_frames(latents))
+    pieces = list(video.decode_frames(latents.unbind(1)))
     assert [piece.shape[1] for piece in pieces] == [1, 4, 4]
     whole = video.decode(latents)
     assert torch.equal(torch.cat(pieces, 1), whole)
     assert torch.equal(video.decode(latents[:, :2]), whole[:, :5])
-    stream, other = video.decode_frames(latents), video.decode_frames(latents)  # two at once do not disturb each other
+    stream, other = video.decode_frames(latents.unbind(1)), video.decode_frames(latents.unbind(1))  # two at once do not disturb each other
     mixed = [(next(stream), next(other)) for _ in range(3)]
     assert all(torch.equal(a, b) for a, b in mixed)
     assert torch.equal(torch.cat([a for a, _ in mixed], 1), whole)

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reelflow.config import FlowConfig
-from reelflow.flow import KVCache, to_tokens
-from reelflow.flow.attention import causal, causal_after
-from reelflow.flow.rope import rotary, token_positions
+from reelflow.flow import to_tokens
+from reelflow.flow.rope import positions, rotary
 from reelflow.sampling.conditioner import Conditioner
 
 
@@ -26,7 +25,7 @@ def test_positions_of_text_and_video() -> None:
     unit = 8 / (2 * 3) ** 0.5
     text = [(0, 0, i * 8 / 4) for i in range(4)]
     video = [(row * unit, column * unit, frame) for frame in range(2) for row in range(2) for column in range(3)]
-    torch.testing.assert_close(token_positions(2, 2, 3, span=8, text_tokens=4), torch.tensor(text + video))
+    torch.testing.assert_close(positions(torch.arange(-4, 12), 2, 3, span=8, text_tokens=4), torch.tensor(text + video))
 
 
 @pytest.mark.parametrize("third_axis", [True, False])
@@ -41,7 +40,7 @@ def test_frequencies_of_the_three_groups(third_axis: bool) -> None:
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_rotation_turns_pairs_of_channels(halves: bool) -> None:
-    table = rotary(token_positions(3, 2, 2, span=4), 24, third_axis=True, halves=halves)
+    table = rotary(positions(torch.arange(12), 2, 2, span=4), 24, third_axis=True, halves=halves)
     x = torch.randn(2, 3, 12, 24).double()
     found = table.rotate(x)
     first, second = (slice(0, 12), slice(12, 24)) if halves else (slice(0, 24, 2), slice(1, 24, 2))
@@ -51,7 +50,7 @@ def test_rotation_turns_pairs_of_channels(halves: bool) -> None:
 
 
 def test_scores_depend_on_the_distance_in_time_only() -> None:
-    table = rotary(token_positions(8, 1, 1, span=4), 24, third_axis=True)
+    table = rotary(positions(torch.arange(8), 1, 1, span=4), 24, third_axis=True)
     q, k = torch.randn(2, 1, 1, 1, 24).expand(-1, -1, -1, 8, -1)
     scores = (table.rotate(q) @ table.rotate(k).mT)[0, 0]
     for distance in range(-7, 8):
@@ -59,49 +58,51 @@ def test_scores_depend_on_the_distance_in_time_only() -> None:
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("queries", "keys", "heads"), [(1, 9, 2), (5, 9, 1), (9, 9, 2), (300, 310, 1), (520, 700, 2)])
-def test_causal_after_is_the_tail_of_causal(queries: int, keys: int, heads: int) -> None:
-    q, k, v = torch.randn(1, 2, keys, 8), torch.randn(1, heads, keys, 8), torch.randn(1, heads, keys, 8)
-    torch.testing.assert_close(causal_after(q[:, :, -queries:], k, v), causal(q, k, v)[:, :, -queries:])
-
-
 def conditioner(tiny: Any, block: torch.nn.Module) -> tuple[Conditioner, torch.Tensor]:
-    """The cached parameter function of a block, and the block's inputs in its order (frames folded into shallow batches)."""
-    deep, (_, frames, _, height, width) = block is tiny.model.deep_block, tiny.x.shape
+    """The cached parameter function of a block, and the block's tokens (frames folded into shallow batches)."""
+    deep, size = block is tiny.model.deep_block, (tiny.x.shape[-2], tiny.x.shape[-1])
     tokens = to_tokens(tiny.x).flatten(1, 2) if deep else to_tokens(tiny.x).flatten(0, 1)
-    table = tiny.model.rotary(frames if deep else 1, height, width, text=deep, device=tokens.device)
-    return Conditioner(block, table, len(tokens), tokens.shape[1], tiny.text if deep else None, 0.0), tokens
+    found = Conditioner(tiny.model, block, len(tokens), size, tokens.shape[1])
+    found.read_text(tiny.text if deep else None)
+    return found, tokens
 
 
 @pytest.mark.parametrize("name", ["deep_block", "shallow_blocks.0"])
+@torch.no_grad()
 def test_cached_is_uncached(tiny: Any, name: str) -> None:
     """For any split of the sequence into passes, also where places were first read with guesses and are read again."""
     block = tiny.model.get_submodule(name)
     cached, tokens = conditioner(tiny, block)
-    inputs = block.start(tokens)
-    table = cached.rotary
-    with torch.no_grad():
-        wanted = torch.cat(block.affine(tokens, table, tiny.text if cached.text else None), -1)[:, block.first :]
+    inputs, end = block.start(tokens), tokens.shape[1]
+    table = tiny.model.rotary(torch.arange(-cached.text, inputs.shape[1]), cached.size, bool(cached.text))
+    wanted = torch.cat(block.affine(tokens, table, tiny.text if cached.text else None), -1)[:, block.first :]
 
     @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.sets(st.integers(1, inputs.shape[1] - 1)), st.booleans())
+    @torch.no_grad()
     def check(cuts: set[int], guess_first: bool) -> None:
-        edges = [0, *sorted(cuts), inputs.shape[1]]
         found = []
-        with torch.no_grad():
-            for start, stop in pairwise(edges):
-                if guess_first:
-                    cached(torch.randn_like(inputs[:, start:]), start + block.first)
-                found.append(torch.cat(cached(inputs[:, start:stop], start + block.first), -1))
+        for start, stop in pairwise([0, *sorted(cuts), inputs.shape[1]]):
+            place = torch.arange(start, inputs.shape[1])[None] + block.first
+            if guess_first:
+                cached(torch.randn_like(inputs[:, start:]), place, end)
+            found.append(torch.cat(cached(inputs[:, start:stop], place[:, : stop - start], stop + block.first), -1))
         torch.testing.assert_close(torch.cat(found, 1), wanted, atol=1e-9, rtol=0)
 
     check()
 
 
-def test_cache_refuses_to_overflow() -> None:
-    attend = KVCache(1, 1, 1, 4, 8, torch.float32, torch.device("cpu")).at(3)[0]
-    with pytest.raises(ValueError, match="the cache holds 4 tokens, 5 asked for"):
-        attend(*torch.randn(3, 1, 1, 2, 8))
+@torch.no_grad()
+def test_every_clip_has_places_of_its_own(tiny: Any) -> None:
+    """One pass over different places of the two clips gives what each has there."""
+    block = tiny.model.deep_block
+    cached, tokens = conditioner(tiny, block)
+    inputs, end = block.start(tokens), tokens.shape[1]
+    wanted = cached(inputs, torch.arange(inputs.shape[1])[None] + block.first, end).shift
+    starts = torch.tensor([0, 2])
+    index = starts[:, None] + torch.arange(3)
+    found = cached(torch.stack([row[at] for row, at in zip(inputs, index, strict=True)]), index + block.first, end)
+    torch.testing.assert_close(found.shift, torch.stack([row[at] for row, at in zip(wanted, index, strict=True)]))
 
 
 def reached(frames: int, layers: int, ahead: int, ahead_layers: str, window: int | None, text: bool) -> torch.Tensor:

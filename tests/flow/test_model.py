@@ -101,7 +101,7 @@ def test_learned_positions_are_reordered_with_the_tokens(build: Callable, option
     for block in model.shallow_blocks:
         inputs = torch.zeros(1, 6, 2).double()
         wanted = block.pos_embed.flip(0) if block.reverse else block.pos_embed
-        torch.testing.assert_close(block.embed(inputs)[0], wanted + block.proj_in.bias)
+        torch.testing.assert_close(block.embed(inputs, torch.arange(6))[0], wanted + block.proj_in.bias)
 
 
 def test_without_start_token_the_first_token_stays(build: Callable) -> None:
@@ -157,7 +157,7 @@ def test_half_precision_keeps_the_projections_and_stays_close(tiny: Any) -> None
     assert {name for name in kinds if any(part in name for part in ("qkv", "attention.proj", "up", "gate", "down"))}.isdisjoint(outside)
     for got, exact in zip(found, wanted, strict=True):
         assert got.dtype == torch.float32
-        assert (got - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
+        assert ((got - exact).abs() / (1 + exact.abs())).mean() < 0.1
     assert found.z.ne(wanted.z).any()
 
 

@@ -38,7 +38,7 @@ def test_score_is_the_density_of_the_noise_it_maps_to(pipe: StarFlowPipeline, so
     flow = pipe.flow.double()
     try:
         x = add_noise(pipe._latents(frame), pipe.flow.config.noise_std, torch.Generator().manual_seed(4)).double()
-        states = pipe.states(["a red ball"], "1:1", image=True)
+        states = pipe.prompting.states(["a red ball"], "1:1", image=True)
         assert states is not None
         jacobian = torch.autograd.functional.jacobian(lambda x: flow(x, states.double()).z, x).reshape(x.numel(), x.numel())
     finally:
@@ -103,7 +103,7 @@ def test_an_encoding_without_its_noise_is_denoised(pipe: StarFlowPipeline, sourc
 
 def test_generated_noise_comes_back_from_the_latents(pipe: StarFlowPipeline) -> None:
     noise = pipe._noise(1, (3, 4, 4))[None]
-    states = pipe.states(["a red ball"], "1:1", image=False)
+    states = pipe.prompting.states(["a red ball"], "1:1", image=False)
     x, _ = pipe._sample(
         ["a red ball"], noise, None, Sampling(guidance=0.0, denoise=False, schedule=Schedule("sequential")), lambda phase, share: None
     )

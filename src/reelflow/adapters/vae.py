@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,16 @@ class Codec(ABC):
         return latent * (self.latent_scale if index else 1)
 
     @torch.no_grad()
-    def decode_frames(self, latents_BfChw: Tensor) -> Iterator[Tensor]:
-        """Decode latent frame by latent frame: yields uint8 (B, n, H, W, 3) on CPU, n = 1 and then `temporal_factor`.
+    def decode_frames(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode latent frames (B, C, h, w) as they come: yields uint8 (B, n, H, W, 3) on CPU, n = 1 and then `temporal_factor`.
 
         Raises:
-            ValueError: latents of another shape than (B, f, C, h, w).
+            ValueError: latents of another shape.
         """
-        if latents_BfChw.ndim != 5 or latents_BfChw.shape[2] != self.channels or not latents_BfChw.shape[1]:
-            raise ValueError(f"latents are {tuple(latents_BfChw.shape)}; expected (B, f, {self.channels}, h, w)")
         decoder = self._decoder()
-        for index, latent in enumerate(latents_BfChw.unbind(1)):
+        for index, latent in enumerate(latents):
+            if latent.ndim != 4 or latent.shape[1] != self.channels:
+                raise ValueError(f"a latent frame is {tuple(latent.shape)}; expected (B, {self.channels}, h, w)")
             latent = latent.to(self.vae.device).float() / (self.latent_scale if index else 1)
             latent = latent * self.std_C11.to(latent.device) + self.mean_C11.to(latent.device)
             pixels = decoder(latent[:, :, None].to(self.vae.dtype)).float()
@@ -121,7 +121,9 @@ class Codec(ABC):
 
     def decode(self, latents_BfChw: Tensor) -> Tensor:
         """uint8 frames (B, F, H, W, 3), on CPU, of latents (B, f, C, h, w); undoes the scaling of `encode` exactly."""
-        return torch.cat(list(self.decode_frames(latents_BfChw)), 1)
+        if latents_BfChw.ndim != 5 or not latents_BfChw.shape[1]:
+            raise ValueError(f"latents are {tuple(latents_BfChw.shape)}; expected (B, f, {self.channels}, h, w)")
+        return torch.cat(list(self.decode_frames(latents_BfChw.unbind(1))), 1)
 
     def save(self, folder: str | Path) -> None:
         """Write as a diffusers folder."""

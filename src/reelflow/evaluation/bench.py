@@ -70,7 +70,7 @@ def run(
     guidance = (pipe.about.guidance if guidance is None else guidance) if pipe.text else 0.0
     texts = [*prompts, *([""] * len(prompts) if guidance else [])]
     noise = torch.randn(len(prompts), shape[0], pipe.flow.config.channels, *shape[1:], generator=torch.Generator().manual_seed(seed))
-    states = pipe.states(texts, "1:1", image=shape[0] == 1)
+    states = pipe.prompting.states(texts, "1:1", image=shape[0] == 1)
     machine = examine()
     return {
         "model": pipe.about.name, "revision": pipe.about.revision, "device": str(pipe.device), "precision": precision,

@@ -150,7 +150,7 @@ def denoiser(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str
         frames = render([scene], CLIP)
         latents = pipe.codec.encode(frames)
         noisy = add_noise(latents.cpu(), pipe.flow.config.noise_std, torch.Generator().manual_seed(index)).to(latents)
-        text = pipe.states([canonical(scene)], "1:1", image=False)
+        text = pipe.prompting.states([canonical(scene)], "1:1", image=False)
         for name, found in _ways(pipe, latents, noisy, text):
             sums[name].append(psnr(pipe.codec.decode(found).numpy(), frames.numpy()))
     return {name: round(float(np.mean(values)), 2) for name, values in sums.items() if values}

@@ -1,4 +1,4 @@
-"""Transformer layers, and the three ways in which their tokens see each other.
+"""Transformer layers, and how their tokens see each other.
 
 A layer knows nothing of masks or caches: it is given an `Attend`, a function of (queries, keys, values).
 
@@ -18,7 +18,6 @@ from reelflow.flow.affine import wide
 from reelflow.flow.rope import Rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-MASK_ROWS = 256  # a mask is never built for more queries than this at a time
 
 
 def attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -31,22 +30,6 @@ def attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: Tensor | Non
 def causal(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
     """Every token sees itself and those before it."""
     return attention(q_BHTD, k_BHTD, v_BHTD, causal=True)
-
-
-def causal_after(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-    """Causal where the queries are the last tokens of the keys' sequence; masks stay (≤ 256) × keys."""
-    queries, keys = q_BHTD.shape[2], k_BHTD.shape[2]
-    if queries == keys:
-        return causal(q_BHTD, k_BHTD, v_BHTD)
-    if queries == 1:
-        return attention(q_BHTD, k_BHTD, v_BHTD)
-    parts = []
-    for start in range(0, queries, MASK_ROWS):
-        stop = min(start + MASK_ROWS, queries)
-        seen = keys - queries + stop
-        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q_BHTD.device).tril(seen - (stop - start))
-        parts.append(attention(q_BHTD[:, :, start:stop], k_BHTD[:, :, :seen], v_BHTD[:, :, :seen], mask))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def frame_window(text: int, frames: int, places: int, look_ahead: int, window: int | None) -> Attend:
@@ -110,7 +93,8 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.post_norm = RMSNorm(width) if config.post_norm else nn.Identity()
 
-    def forward(self, x_BTM: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+    def project(self, x_BTM: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, D), rotated."""
         qkv = self.qkv(self.norm(x_BTM).to(self.qkv.weight.dtype))
         if qkv.device.type == "cpu" and qkv.requires_grad:
             qkv = wide(qkv)  # the CPU's attention backward is four times slower in bfloat16 (torch 2.13), the forward about equal
@@ -119,8 +103,11 @@ class Attention(nn.Module):
         q_BHTD, k_BHTD = self.query_norm(q_BHTD), self.key_norm(k_BHTD)
         if rotary is not None:
             q_BHTD, k_BHTD = rotary.rotate(q_BHTD), rotary.rotate(k_BHTD)
-        mixed = attend(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2).to(self.proj.weight.dtype)
-        return self.post_norm(self.proj(mixed))
+        return q_BHTD, k_BHTD, v_BHTD
+
+    def merge(self, mixed_BHTD: Tensor) -> Tensor:
+        """What the layer adds to the residual, (B, T, M)."""
+        return self.post_norm(self.proj(mixed_BHTD.transpose(1, 2).flatten(2).to(self.proj.weight.dtype)))
 
 
 class MLP(nn.Module):
@@ -147,5 +134,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config, width)
 
     def forward(self, x_BTM: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        x_BTM = x_BTM + self.attention(x_BTM, rotary, attend)
+        return self.finish(x_BTM, attend(*self.attention.project(x_BTM, rotary)))
+
+    def finish(self, x_BTM: Tensor, mixed_BHTD: Tensor) -> Tensor:
+        """The layer's output from its input and what its attention saw."""
+        x_BTM = x_BTM + self.attention.merge(mixed_BHTD)
         return x_BTM + self.mlp(x_BTM)

@@ -55,12 +55,12 @@ class FlowBlock(nn.Module):
             return x_BTC[:, :-1]
         return torch.cat((self.sos.expand(len(x_BTC), 1, -1), x_BTC[:, :-1]), 1)
 
-    def embed(self, inputs_BTC: Tensor, place: int = 0) -> Tensor:
-        """Inputs that stand at `place …` of the token sequence, as float32 hidden states (B, T, M)."""
+    def embed(self, inputs_BTC: Tensor, place_BT: Tensor) -> Tensor:
+        """Inputs that stand at those places of the token sequence, as float32 hidden states (B, T, M)."""
         hidden = self.proj_in(inputs_BTC)
         if self.pos_embed is not None:
             embedding = self.pos_embed.flip(0) if self.reverse else self.pos_embed
-            hidden = hidden + embedding[place : place + inputs_BTC.shape[1]]
+            hidden = hidden + embedding[place_BT.clamp(max=len(embedding) - 1)]  # a window may reach beyond the end
         return hidden
 
     def run(self, hidden_BTM: Tensor, rotary: Rotary | None, attends: list[Attend]) -> Tensor:
@@ -73,11 +73,12 @@ class FlowBlock(nn.Module):
         return parameters(self.proj_out(self.final_norm(hidden_BTM)), self.config)
 
     def affine(self, x_BTC: Tensor, rotary: Rotary | None, text_BLE: Tensor | None = None) -> Affine:
-        """Parameters of all tokens at once (B, T, C); `rotary` covers `[text ‖ tokens]`."""
-        hidden = self.embed(self.start(x_BTC))
+        """Parameters of all tokens at once (B, T, C); `rotary` covers `[text ‖ inputs]`."""
+        inputs = self.start(x_BTC)
+        hidden = self.embed(inputs, torch.arange(inputs.shape[1], device=x_BTC.device))
         text = self.proj_text(text_BLE) if self.proj_text is not None else hidden[:, :0]
         both = torch.cat((text, hidden), 1)
-        both = self.run(both, rotary and rotary.rows(0, both.shape[1]), [causal] * len(self.layers))
+        both = self.run(both, rotary, [causal] * len(self.layers))
         shift, scale = self.read(both[:, text.shape[1] :])
         if self.first:
             shift = torch.cat((torch.zeros_like(shift[:, :1]), shift), 1)

@@ -5,6 +5,7 @@ Shapes: B batch, F latent frames, C latent channels, h × w places of a frame (S
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -14,7 +15,7 @@ from reelflow.config import FlowConfig
 from reelflow.flow.affine import Affine, wide
 from reelflow.flow.block import FlowBlock
 from reelflow.flow.denoiser import Denoiser
-from reelflow.flow.rope import Rotary, rotary, token_positions
+from reelflow.flow.rope import Rotary, positions, rotary
 
 
 class FlowOutput(NamedTuple):
@@ -61,14 +62,21 @@ class StarFlow(nn.Module):
         """All blocks in the order of the forward map; the last is the deep one."""
         return [*(cast(FlowBlock, block) for block in self.shallow_blocks), self.deep_block]
 
-    def rotary(self, frames: int, height: int, width: int, text: bool, device: torch.device) -> Rotary | None:
-        """Angles of `[text ‖ frames]`, or of the frames alone, for latents of that size; None with learned positions."""
+    def rotary(self, place_T: Tensor, size: tuple[int, int], text: bool) -> Rotary | None:
+        """Rotations at places (…) of frames of that size, text at −L … −1 (see `rope.positions`); None with learned positions."""
+        return self.rotation(positions(place_T, *size, self.config.position_span, self.config.text_tokens if text else 0))
+
+    def rotation(self, positions_T3: Tensor) -> Rotary | None:
+        """Rotations at (row, column, third axis), (…, 3); None with learned positions."""
         config = self.config
         if config.positions == "learned":
             return None
         third_axis = config.text_tokens > 0 or config.window > 1
-        places = token_positions(frames, height, width, config.position_span, config.text_tokens if text else 0)
-        return rotary(places.to(device), config.head_dim, third_axis, halves=config.positions == "rotary_half")
+        return rotary(positions_T3, config.head_dim, third_axis, halves=config.positions == "rotary_half")
+
+    def places(self, frames: int, size: tuple[int, int], text: bool, device: torch.device) -> Tensor:
+        """Places of `[text ‖ frames]`, or of the frames alone: −L … F · S − 1."""
+        return torch.arange(-self.config.text_tokens if text else 0, frames * size[0] * size[1], device=device)
 
     def affine(self, block: FlowBlock, x_BFSC: Tensor, size: tuple[int, int], text_BLE: Tensor | None) -> Affine:
         """Parameters of one block for every token, in raster order, (B, F, S, C).
@@ -78,7 +86,8 @@ class StarFlow(nn.Module):
         batch, frames, places, _ = x_BFSC.shape
         deep = block is self.deep_block
         tokens = order(x_BFSC, block).flatten(1, 2) if deep else order(x_BFSC, block).flatten(0, 1)
-        table = self.rotary(frames if deep else 1, *size, text=deep, device=tokens.device)
+        place = self.places(frames if deep else 1, size, deep, tokens.device)
+        table = self.rotary(place[: len(place) - block.first], size, deep)
         found = block.affine(tokens, table, text_BLE if deep else None)
         return Affine(*(order(part.reshape(batch, frames, places, -1), block) for part in found))
 
@@ -114,8 +123,23 @@ class StarFlow(nn.Module):
         if self.denoiser is None:
             raise ValueError("this model has no learned denoiser; use the Tweedie step")
         frames, size = x_BFChw.shape[1], (x_BFChw.shape[-2], x_BFChw.shape[-1])
-        table = self.rotary(frames, *size, text=self.denoiser.proj_text is not None, device=x_BFChw.device)
+        text = self.denoiser.proj_text is not None
+        table = self.rotary(self.places(frames, size, text, x_BFChw.device), size, text)
         return from_tokens(self.denoiser(to_tokens(x_BFChw), table, text_BLE), *size)
+
+    def score_frames(self, frames: Iterable[Tensor], size: tuple[int, int], text_BLE: Tensor | None = None) -> Iterator[Tensor]:
+        """`score` frame by frame, (B, C, h, w) each, as soon as the look-ahead allows; `size`: (h, w)."""
+        assert self.denoiser is not None
+        weight, places = self.denoiser.proj_in.weight, size[0] * size[1]
+        text = self.config.text_tokens if self.denoiser.proj_text is not None else 0
+
+        def table(frame: int) -> Rotary | None:
+            start, stop = (frame * places, (frame + 1) * places) if frame >= 0 else (-text, 0)
+            return self.rotary(torch.arange(start, stop, device=weight.device), size, bool(text))
+
+        tokens = (to_tokens(x_BChw[:, None])[:, 0] for x_BChw in frames)
+        for found in self.denoiser.stream(tokens, table, text_BLE):
+            yield from_tokens(found[:, None], *size)[:, 0]
 
     def set_precision(self, dtype: torch.dtype) -> StarFlow:
         """Run the transformer layers' products in `dtype`; in and out projections, norms, residual and affine stay float32."""

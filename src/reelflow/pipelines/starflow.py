@@ -6,7 +6,7 @@ Shapes: B clips, F latent frames, C channels, h × w places, L text tokens, E te
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
 from pathlib import Path
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reelflow.adapters.text import TextEncoder, load_text_encoder, wrap_prompt
+from reelflow.adapters.text import TextEncoder, load_text_encoder
 from reelflow.adapters.vae import Codec, load_codec
 from reelflow.clip import Clip
 from reelflow.config import FlowConfig, ModelConfig
-from reelflow.denoise import denoise
+from reelflow.denoise import denoise, denoise_frames
 from reelflow.flow import StarFlow
 from reelflow.likelihood import LogProb, add_noise, log_prob
 from reelflow.pipelines.base import (
@@ -34,12 +34,12 @@ from reelflow.pipelines.base import (
     check_length,
     new_seed,
     picture,
-    say,
     silent,
     spoken,
 )
 from reelflow.pipelines.framing import Framing
-from reelflow.sampling import Schedule, default_context, sample
+from reelflow.pipelines.prompting import Prompting
+from reelflow.sampling import Schedule, Settings, certify, default_context, sample, stream
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,16 @@ class Sampling:
     """How a clip is sampled; common to all tasks.
 
     guidance: weight w ≥ 0 of the prompt, None for the model's own default.  denoise: take the data noise away at the end.
-    context: latent frames read again beyond the trained length.
+    context: latent frames read again beyond the trained length.  ring: keep what was read of them instead (an approximation,
+    see `reelflow.sampling.conditioner.Ring`).  certify: check the sample in one parallel pass, into the metadata.
     """
 
     guidance: float | None = None
     schedule: Schedule = Schedule()
     denoise: bool = True
     context: int | None = None
+    ring: bool = False
+    certify: bool = False
 
     def __post_init__(self) -> None:
         if self.guidance is not None and not 0 <= self.guidance < inf:
@@ -70,6 +73,7 @@ class StarFlowPipeline(Pipeline):
     def __init__(self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None):
         self.about, self.flow, self.codec, self.text = about, flow.eval().requires_grad_(False), codec, text
         self.framing = Framing(about, codec)
+        self.prompting = Prompting(about, flow.config, text, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -111,9 +115,7 @@ class StarFlowPipeline(Pipeline):
         noise = torch.stack([self._noise(seed, shape) for seed in seeds])
         latents, used = self._sample(prompts, noise, None, sampling, progress, aspect=aspect)
         pixels = self._decode(latents, progress)
-        return [
-            self._clip(pixels[i], "generate", prompts[i], seeds[i], used, frames=length, aspect=aspect) for i in range(len(prompts))
-        ]
+        return [self._clip(pixels[i], "generate", prompts[i], seeds[i], used, frames=length, aspect=aspect) for i in range(len(prompts))]
 
     def animate(
         self, image: Picture, prompt: str = "", *, seed: int | None = None, seconds: float | None = None, frames: int | None = None,
@@ -178,14 +180,12 @@ class StarFlowPipeline(Pipeline):
         """
         source, aspect = self.framing.source(clip, None)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
-        states = self.states([prompt], aspect, image=len(source) == 1)
         window, frames = self.flow.config.window, x.shape[1]
-        later = self._later([prompt], aspect) if frames > window else None
+        _, texts = self.prompting.parts([(0, [prompt])], 0.0, aspect, frames)
         context, parts, start, skip = default_context(window), [], 0, 0
         with torch.no_grad():
             while start + skip < frames:
-                text = later if start and later is not None else states
-                found = log_prob(self.flow, x[:, start : start + window].to(self.device), text)
+                found = log_prob(self.flow, x[:, start : start + window].to(self.device), texts[-1 if start else 0][1])
                 parts.append(found.map[:, skip:].cpu())
                 start, skip = start + window - context, context
                 progress("scoring", min(1.0, (start + skip) / frames))
@@ -202,7 +202,7 @@ class StarFlowPipeline(Pipeline):
         source, aspect = self.framing.source(clip, self.about.frames)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
         with torch.no_grad():
-            z = self.flow(x.to(self.device), self.states([prompt], aspect, image=len(source) == 1)).z
+            z = self.flow(x.to(self.device), self.prompting.states([prompt], aspect, image=len(source) == 1)).z
         progress("encoding", 1.0)
         return Encoding(z[0].cpu(), prompt, source.fps, seed, self.about.name, self.about.revision)
 
@@ -222,17 +222,47 @@ class StarFlowPipeline(Pipeline):
         return self._clip(self._decode(latents, progress)[0], "decode", encoding.prompt, encoding.seed, report)
 
     def stream(
-        self, prompt: str, *, seed: int | None = None, seconds: float | None = None, frames: int | None = None, aspect: str = "1:1",
-        sampling: Sampling = Sampling(), progress: Progress = silent,
+        self, prompt: str = "", *, prompts: Sequence[tuple[float, str]] | None = None, seed: int | None = None,
+        seconds: float | None = None, frames: int | None = None, aspect: str = "1:1", sampling: Sampling = Sampling(),
+        progress: Progress = silent,
     ) -> Iterator[Clip]:  # fmt: skip
-        """`generate` in pieces: the same clip, decoded latent frame by latent frame."""
+        """The clip of `generate` in pieces, each as soon as it is finished: of 1 frame, then of one latent frame each.
+
+        Args:
+            prompts: instead of one prompt, (second, prompt) from 0 on: what is shown from then on. The video goes on from
+                its last frames. Rounded up to whole latent frames.
+
+        The metadata of every piece says how many seconds the first one took. Whoever stops early just stops.
+
+        Raises:
+            ValueError: also for a model that cannot stream, with the reason.
+        """
         self.require("generate")
-        spoken(prompt, "generate")
-        seed, length = new_seed(seed), self.framing.length(seconds, frames)
-        shape = self.codec.latent_shape(length, *self.framing.frame_size(aspect))
-        latents, used = self._sample([prompt], self._noise(seed, shape)[None], None, sampling, progress, aspect=aspect)
-        for pixels in self.codec.decode_frames(latents):
-            yield self._clip(pixels[0].numpy(), "generate", prompt, seed, used, frames=length, aspect=aspect)
+        began, length, seed = time.perf_counter(), self.framing.length(seconds, frames), new_seed(seed)
+        said = [(0.0, prompt)] if prompts is None else list(prompts)
+        if not said or said[0][0] != 0 or [at for at, _ in said] != sorted({at for at, _ in said}):
+            raise ValueError(f"prompts at {[at for at, _ in said]} seconds: the first has to be at 0, each later than the one before")
+        noise = self._noise(seed, self.codec.latent_shape(length, *self.framing.frame_size(aspect)))[None]
+        guidance = self.prompting.guidance(sampling.guidance)
+        parts = [(self._latent_frame(at), [spoken(text, "generate")]) for at, text in said]
+        conditional, both = self.prompting.parts(parts, guidance, aspect, noise.shape[1])
+        found = stream(
+            self.flow, noise.to(self.device), both, guidance, context=sampling.context, ring=sampling.ring, schedule=sampling.schedule,
+            progress=_tokens_to_share(progress, noise[0, :, 0].numel() * len(self.flow.config.layers)),
+        )  # fmt: skip
+        if sampling.denoise:
+            found = denoise_frames(self.flow, found, lambda frame: [text for first, text in conditional if first <= frame][-1])
+        words = " → ".join(text for _, text in said)
+        made = self.made("generate", words, seed, frames=length, aspect=aspect, **_settings(sampling, guidance))
+        first = 0.0
+        for pixels in self.codec.decode_frames(found):
+            first = first or round(time.perf_counter() - began, 3)
+            yield Clip(pixels[0].numpy(), self.about.fps, made | {"seconds": {"first_frame": first}})
+
+    def _latent_frame(self, seconds: float) -> int:
+        """The first latent frame that begins at that time or later."""
+        frame = round(seconds * self.about.fps)
+        return 0 if frame <= 0 else 1 + ceil((frame - 1) / self.codec.temporal_factor)
 
     def _latents(self, clip: Clip) -> Tensor:
         """(1, F, C, h, w): the posterior's mean, standardised and scaled, without noise."""
@@ -244,28 +274,6 @@ class StarFlowPipeline(Pipeline):
         frames, height, width = shape
         return torch.stack([torch.randn(self.flow.config.channels, height, width, generator=generator) for _ in range(frames)])
 
-    def states(self, prompts: list[str], aspect: str, image: bool) -> Tensor | None:
-        """Text states of wrapped prompts. A prompt longer than the encoder takes is cut, and said so."""
-        if self.text is None:
-            return None
-        wrap = self.about.prompt
-        found = self.text.encode([
-            wrap_prompt(
-                prompt, fps=self.about.fps if wrap.fps else None, image=image, noise_std=self.flow.config.noise_std if wrap.noise else None,
-                aspect=aspect if wrap.aspect else None,
-            )
-            for prompt in prompts
-        ])  # fmt: skip
-        for cut in filter(None, found.cut):
-            say(f"the prompt is longer than the {self.text.tokens} tokens the text encoder takes; not read: {cut.strip()!r}")
-        return found.states.to(self.device)
-
-    def _later(self, prompts: list[str], aspect: str) -> Tensor | None:
-        """Text states for windows beyond the trained length, where they differ."""
-        if self.about.later_windows == "same":
-            return None
-        return self.states([f"(extend) {prompt}" for prompt in prompts], aspect, image=False)
-
     def _sample(
         self, prompts: list[str], noise_BFChw: Tensor, given_1FChw: Tensor | None, sampling: Sampling, progress: Progress, *,
         seed: int = 0, aspect: str = "1:1", task: str = "", window: int | None = None,
@@ -273,52 +281,43 @@ class StarFlowPipeline(Pipeline):
         """Noise → clean latents. Given first frames come back unchanged. Also returns the settings and reports used."""
         began = time.perf_counter()
         config, frames = self.flow.config, noise_BFChw.shape[1]
-        guidance = self.about.guidance if sampling.guidance is None else sampling.guidance
-        guidance = guidance if self.text is not None else 0.0
-        texts, nulls = [task + prompt for prompt in prompts], [""] * len(prompts)
-        conditional = self.states(texts, aspect, image=frames == 1)
-        states, later = conditional, None
-        beyond = frames > (window or config.window)
-        if conditional is not None and guidance:
-            unconditional = self.states(nulls, aspect, image=frames == 1)
-            assert unconditional is not None
-            states = torch.cat((conditional, unconditional))
-        if beyond:
-            later = self._later(texts + nulls if guidance else texts, aspect)
+        guidance, window = self.prompting.guidance(sampling.guidance), window or config.window
+        conditional, both = self.prompting.parts([(0, [task + prompt for prompt in prompts])], guidance, aspect, frames, window)
         prefix = None
         if given_1FChw is not None:
             noisy = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1))
             prefix = noisy.to(self.device)
-        given, places = 0 if prefix is None else prefix.shape[1], noise_BFChw[0, 0, 0].numel()
-        steps = places * (frames - given) * len(config.layers)
-        latents, reports = sample(
-            self.flow, noise_BFChw.to(self.device), states, guidance, prefix, window, sampling.context, later, sampling.schedule,
-            _tokens_to_share(progress, steps),
-        )  # fmt: skip
-        if not torch.isfinite(latents).all():
-            raise ValueError("sampling gave values that are not finite; lower the guidance, or use --precision float32")
+        given, noise = 0 if prefix is None else prefix.shape[1], noise_BFChw.to(self.device)
+        settings = Settings(window=window, context=sampling.context, ring=sampling.ring, schedule=sampling.schedule)
+        settings["progress"] = _tokens_to_share(progress, noise[:, given:, 0].numel() * len(config.layers))
+        latents, reports = sample(self.flow, noise, both, guidance, prefix, **settings)
+        used: dict[str, Any] = {
+            "settings": _settings(sampling, guidance),
+            "reports": {name: asdict(report) for name, report in reports.items()},
+        }
         sampled = time.perf_counter()
+        if sampling.certify:
+            progress("certifying", 0.0)
+            used["certificate"] = certify(self.flow, latents, noise, both, guidance, given, **settings)._asdict()
         if sampling.denoise:
             progress("denoising", 0.0)
-            latents = denoise(self.flow, latents, conditional, window)
+            latents = denoise(self.flow, latents, conditional[0][1], window)
         if given_1FChw is not None:
-            latents = torch.cat((given_1FChw.to(latents), latents[:, given_1FChw.shape[1] :]), 1)
-        settings = {"guidance": guidance, "denoise": sampling.denoise, **asdict(sampling.schedule)}
-        used = {"settings": settings, "reports": {name: asdict(report) for name, report in reports.items()}}
+            latents = torch.cat((given_1FChw.to(latents), latents[:, given:]), 1)
         used["seconds"] = {"sampling": round(sampled - began, 3), "denoising": round(time.perf_counter() - sampled, 3)}
         return latents, used
 
     def _decode(self, latents_BFChw: Tensor, progress: Progress) -> np.ndarray:
         """uint8 (B, frames, H, W, 3)."""
         parts = []
-        for index, pixels in enumerate(self.codec.decode_frames(latents_BFChw)):
+        for index, pixels in enumerate(self.codec.decode_frames(latents_BFChw.unbind(1))):
             parts.append(pixels)
             progress("decoding", (index + 1) / latents_BFChw.shape[1])
         return torch.cat(parts, 1).numpy()
 
     def _clip(self, pixels: np.ndarray, task: str, prompt: str, seed: int | None, used: dict[str, Any], **settings: Any) -> Clip:
         made = self.made(task, prompt, seed, **settings, **used["settings"])
-        return Clip(pixels, self.about.fps, made | {"reports": used["reports"], "seconds": used["seconds"]})
+        return Clip(pixels, self.about.fps, made | {name: found for name, found in used.items() if name != "settings"})
 
     @classmethod
     def load(cls, source: Path, device: Device, precision: Precision) -> Self:
@@ -347,6 +346,12 @@ class StarFlowPipeline(Pipeline):
             encoder, tokenizer = (part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer"))
             text = load_text_encoder(encoder, tokenizer, config.text_tokens, device)
         return cls(about, flow.set_precision(getattr(torch, precision)), codec, text)
+
+
+def _settings(sampling: Sampling, guidance: float) -> dict[str, Any]:
+    """For the metadata."""
+    chosen = {"guidance": guidance, "denoise": sampling.denoise, "ring": sampling.ring, **asdict(sampling.schedule)}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _tokens_to_share(progress: Progress, total: int) -> Callable[[int], None]:

@@ -1,6 +1,8 @@
 """The inverse: noise to latents, by schedules that all agree with the sequential one."""
 
-from reelflow.sampling.inverse import default_context, sample
+from reelflow.sampling.certify import Certificate, certify
+from reelflow.sampling.deep import Settings, Texts, default_context
+from reelflow.sampling.inverse import sample, stream
 from reelflow.sampling.schedules import Report, Schedule
 
-__all__ = ["Report", "Schedule", "default_context", "sample"]
+__all__ = ["Certificate", "Report", "Schedule", "Settings", "Texts", "certify", "default_context", "sample", "stream"]
