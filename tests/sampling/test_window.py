@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reelflow.config import FlowConfig
 from reelflow.denoise import denoise, denoise_frames
 from reelflow.evaluation.golden import load
 from reelflow.flow import StarFlow
@@ -268,9 +268,7 @@ def test_one_layer_of_look_ahead_is_one_frame_of_delay(setting: Setting) -> None
     assert delay("all") == min(model.config.denoiser.layers, 4)
 
 
-def test_without_a_denoiser_there_is_no_stream_of_clean_frames(build: Callable | None = None) -> None:
-    from reelflow.config import FlowConfig
-
+def test_without_a_denoiser_there_is_no_stream_of_clean_frames() -> None:
     model = StarFlow(FlowConfig(channels=2, width=16, deep_width=16, layers=(1, 1), head_dim=16, position_span=4))
     with pytest.raises(ValueError, match="no learned denoiser, and a Tweedie step reads the whole video"):
         next(denoise_frames(model, [torch.randn(1, 2, 2, 2)], lambda frame: None))

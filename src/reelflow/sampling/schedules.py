@@ -92,7 +92,7 @@ class Solver:
         self.window = min(schedule.tokens(z_BNC.device), stride, MASK_ROWS)
         self.z = torch.cat((z_BNC, z_BNC.new_zeros(batch, 2 * self.window, channels)), 1)
         sos = z_BNC.new_zeros(channels) if block.sos is None else block.sos
-        self.stream = torch.cat((sos.expand(batch, 1, -1), self.z), 1)
+        self.stream = torch.cat((sos.expand(batch, 1, -1), calm(self.z)), 1)
         """What stands before every place: start token, then tokens; guesses from the position on."""
         self.shift, self.scale = torch.zeros_like(self.z), torch.ones_like(self.z)
         self.age = torch.zeros(self.z.shape[:2], dtype=torch.int32, device=z_BNC.device)
@@ -176,7 +176,7 @@ class Solver:
         ahead, settled_B1 = self.ahead[:window], settled[:, None]
         self.residual = self.residual.maximum(change.where(ahead < settled_B1 - 1, 0.0).max())
         self.broken = self.broken.minimum(place.where(~new.isfinite().all(2) & (ahead < settled_B1), NEVER).min())
-        put(self.stream, place + 1, new)
+        put(self.stream, place + 1, calm(new))
         put(self.shift, place, found.shift)
         put(self.scale, place, found.scale)
         self.age.scatter_(1, place, age)
@@ -187,7 +187,12 @@ class Solver:
         """Fill places with the parameters of the frame before and their own noise; in the first frame with the noise."""
         back, z = (place_Bn - self.stride).clamp(min=0), take(self.z, place_Bn)
         found = Affine(take(self.shift, back), take(self.scale, back)).inverse(z)
-        put(self.stream, place_Bn + 1, found.where((place_Bn >= self.stride)[..., None], z))
+        put(self.stream, place_Bn + 1, calm(found.where((place_Bn >= self.stride)[..., None], z)))
+
+
+def calm(guess: Tensor) -> Tensor:
+    """Zero where a wild guess is not finite: attention masks what comes later, but 0 · NaN would still reach back."""
+    return guess.nan_to_num(0.0, 0.0, 0.0)
 
 
 def take(x_BNC: Tensor, place_Bn: Tensor) -> Tensor:
