@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def generate(
         str,
         typer.Option(metavar="W:H", help="Width to height: 1:1, 2:3, 3:2, 16:9, 9:16, 4:5, 5:4, 21:9 or 9:21; some models make 1:1 only."),
     ] = "1:1",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write every frame as soon as it is finished, and say when the first one was.")
+    ] = False,
 ) -> None:
     """Make a video from a prompt.
 
@@ -35,11 +38,11 @@ def generate(
         spoken(prompt, "generate")
         check_length(length.seconds, length.frames)
         job.settle(prompt, options.seed, still=length.frames == 1)
-        clip = job.load().generate(
-            prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, aspect=aspect, sampling=job.sampling, progress=job.report
-        )
-        job.write(clip)
-    job.tell(clip)
+        pipe = job.load()
+        how: dict[str, Any] = {"seed": job.seed, "aspect": aspect, "sampling": job.sampling, "progress": job.report}
+        how |= {"seconds": length.seconds, "frames": length.frames}
+        clip, frames = job.write_pieces(pipe.stream(prompt, **how)) if stream else job.write(pipe.generate(prompt, **how))
+    job.tell(clip, frames)
 
 
 @takes(length=Length, options=Making)

@@ -108,21 +108,45 @@ class ClipJob(Job):
         self.output = self.options.output or new_name(words, self.seed)
         check_clip_output(self.output, still)
 
-    def write(self, clip: Clip) -> None:
+    def write(self, clip: Clip) -> tuple[Clip, int]:
+        """Write a clip. Returns it, and its frames."""
         self.report("writing", 0.0)
         clip.save(self.output, metadata=self.options.metadata)
+        return clip, len(clip)
 
-    def tell(self, clip: Clip) -> None:
-        """One line: file, frames × size, seconds, seed, passes, time."""
-        made = clip.metadata
+    def write_pieces(self, pieces: Iterator[Clip]) -> tuple[Clip, int]:
+        """Write frames as they come. Returns the first piece, and how many frames there were in all."""
+        from reelflow.media.write import ClipWriter
+
+        first = next(pieces)
+        metadata = first.metadata if self.options.metadata else None
+        with ClipWriter(self.output, first.fps, first.height, first.width, metadata) as out:
+            out.write(first.frames)
+            for piece in pieces:
+                out.write(piece.frames)
+        return first, out.count
+
+    def tell(self, clip: Clip, frames: int | None = None) -> None:
+        """One line: file, frames × size, seconds, seed, passes, time. `frames`: all of them, where `clip` is a first piece."""
+        made, frames = clip.metadata, frames or len(clip)
+        seconds = frames / clip.fps
         values: dict[str, Any] = {
-            "file": self.output, "frames": len(clip), "width": clip.width, "height": clip.height, "fps": clip.fps,
-            "seconds": round(clip.seconds, 3), "seed": made["seed"], "model": made["model"], "revision": made["revision"],
-            "settings": made["settings"], "reports": made["reports"], "times": made["seconds"], "took": self.took,
+            "file": self.output, "frames": frames, "width": clip.width, "height": clip.height, "fps": clip.fps,
+            "seconds": round(seconds, 3), "seed": made["seed"], "model": made["model"], "revision": made["revision"],
+            "settings": made["settings"], "times": made["seconds"], "took": self.took,
         }  # fmt: skip
-        passes = ", ".join(f"{report['passes']} {kind}" for kind, report in made["reports"].items())
-        words = f"{self.output}: {len(clip)} frames × {clip.width} × {clip.height}, {clip.seconds:.2f} s at {clip.fps:g} per second"
-        self.screen.result(values, f"{words} · seed {made['seed']} · {passes} passes · took {self.took:.1f} s")
+        words = f"{self.output}: {frames} frames × {clip.width} × {clip.height}, {seconds:.2f} s at {clip.fps:g} per second"
+        words += f" · seed {made['seed']}"
+        if reports := made.get("reports"):
+            values["reports"] = reports
+            passes = ", ".join(f"{report['passes']} {kind}" for kind, report in reports.items())
+            words += f" · {passes} passes"
+        if certificate := made.get("certificate"):
+            values["certificate"] = certificate
+            words += f" · residual {certificate['largest']:.1g} σ at most, {certificate['rms']:.1g} σ rms"
+        if first := made["seconds"].get("first_frame"):
+            words += f" · first frame after {first:.1f} s"
+        self.screen.result(values, f"{words} · took {self.took:.1f} s")
 
 
 def sampling(options: Solving) -> Sampling:
@@ -132,5 +156,5 @@ def sampling(options: Solving) -> Sampling:
 
     schedule = Schedule(options.sampler, options.tolerance)
     if isinstance(options, Making):
-        return Sampling(guidance=options.guidance, schedule=schedule, denoise=options.denoise)
+        return Sampling(options.guidance, schedule, options.denoise, ring=options.ring, certify=options.certify)
     return Sampling(schedule=schedule)

@@ -117,6 +117,20 @@ class Making(Writing):
             help="Leave the noise that the model was trained with in the clip.",
         ),
     ] = True
+    ring: Annotated[
+        bool,
+        typer.Option(
+            "--ring", rich_help_panel=SAMPLING,
+            help="Beyond the trained length: keep what was read of the last frames instead of reading it again. Faster, an approximation.",
+        ),
+    ] = False  # fmt: skip
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify", rich_help_panel=SAMPLING,
+            help="Check the sample: one parallel pass over it must give its noise back. The residual is printed and stored.",
+        ),
+    ] = False  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
