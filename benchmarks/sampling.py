@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the layers (default: float32)")
     parser.add_argument("--tolerances", type=float, nargs="+", default=(1e-2, 1e-3, 1e-4), help="0 … 0.1 (default: 0.01 0.001 0.0001)")
-    parser.add_argument("--windows", type=int, nargs="+", default=(16, 64, 256), help="tokens, from 1 (default: 16 64 256)")
+    parser.add_argument("--windows", type=int, nargs="+", default=(16, 32, 64), help="tokens, from 1 (default: 16 32 64)")
     parser.add_argument("--frames", type=int, help="video frames (default: the trained length, which is also the most)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each schedule, from 1 (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")

@@ -29,13 +29,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_folder_is_measured(tiny_model: Path) -> None:
     shares: list[float] = []
     found = run(
-        str(tiny_model), "cpu", tolerances=(0.0, 1e-2), windows=(8,), frames=5, repeats=2, progress=lambda _, share: shares.append(share)
+        str(tiny_model),
+        "cpu",
+        tolerances=(0.0, 1e-2),
+        windows=(8,),
+        published=(1e-8,),
+        frames=5,
+        repeats=2,
+        progress=lambda _, share: shares.append(share),
     )
     assert json.loads(json.dumps(found)) == found
     assert found["latents"] == {"frames": 2, "height": 4, "width": 4, "tokens": 32}
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
-    slow, exact, fast = found["rows"]
+    slow, chunks, exact, fast = found["rows"]
+    assert chunks["sampler"] == "fixed chunks"
+    assert chunks["max_error"] < 1e-2, "the published algorithm, too, comes to the sequential answer if it is let"
+    assert chunks["evaluations"]["deep"] == chunks["passes"]["deep"] * 16 / 32
     assert slow["passes"] == {"deep": 32, "shallow": 2 * 16}
     assert slow["evaluations"] == {"deep": 1.0, "shallow": 1.0}
     assert slow["rms_error"] == slow["max_error"] == slow["residual"] == 0
@@ -46,7 +56,7 @@ def test_a_model_folder_is_measured(tiny_model: Path) -> None:
         assert row["first_frame_seconds"] > 0
         assert row["peak_memory"] > 0
     words = table(found).splitlines()
-    assert len(words) == 2 + 3
+    assert len(words) == 2 + 4
     assert all(column in words[1] for column in COLUMNS)
     assert words[2].split()[0] == "sequential"
 

@@ -1,8 +1,10 @@
-"""How fast sampling is, and how close to the sequential answer: one model, every schedule on the same noise.
+"""How fast sampling is, and how close to the sequential answer: one model, every sampler on the same noise.
 
     reelflow bench --model mini --json
 
 Measured is sampling alone, noise to latents: text is encoded before, and neither denoiser nor decoder runs. Each row:
+
+Compared are the sequential sampler, the published one (`evaluation.published`), and ours at several tolerances and windows.
 
     passes                 network passes of the deep block, and of all shallow blocks together
     evaluations            how often a token went through the deep block, and through a shallow one, on average
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from reelflow.evaluation.doctor import examine
+from reelflow.evaluation.published import FixedChunks
 from reelflow.flow import StarFlow
 from reelflow.pipelines import load
 from reelflow.pipelines.starflow import StarFlowPipeline
@@ -38,14 +41,15 @@ Progress = Callable[[str, float], None]
 
 def run(
     model: str = "mini", device: str | None = None, precision: Literal["float32", "bfloat16"] = "float32",
-    tolerances: Sequence[float] = (1e-2, 1e-3, 1e-4), windows: Sequence[int] = (16, 64, 256), prompts: Sequence[str] = PROMPTS,
-    seed: int = 0, frames: int | None = None, guidance: float | None = None, repeats: int = 3,
+    tolerances: Sequence[float] = (1e-2, 1e-3, 1e-4), windows: Sequence[int] = (16, 32, 64), prompts: Sequence[str] = PROMPTS,
+    published: Sequence[float] = (1e-3, 1e-5, 1e-6), seed: int = 0, frames: int | None = None, guidance: float | None = None, repeats: int = 3,
     progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Benchmark a model: sequential, and Jacobi at every tolerance and window.
 
     Args:
         tolerances, windows: of the Jacobi schedules, see `Schedule`.
+        published: tolerances of the published sampler (shares of a mean square; its own is 1e-3).
         prompts: one clip each, sampled as one batch.
         seed: of the noise, 0 ….
         frames: video frames of a clip, by default the trained length; at most that.
@@ -60,7 +64,12 @@ def run(
     """
     if repeats < 1 or not prompts:
         raise ValueError(f"repeats {repeats}, {len(prompts)} prompts: give at least one of each")
-    schedules = [Schedule("sequential"), *(Schedule("jacobi", tolerance, window) for tolerance in tolerances for window in windows)]
+    ours = [Schedule("jacobi", tolerance, window) for tolerance in tolerances for window in windows]
+    schedules: list[Schedule | FixedChunks] = [
+        Schedule("sequential"),
+        *(FixedChunks(tolerance=tolerance) for tolerance in published),
+        *ours,
+    ]
     pipe = load(model, device, precision)
     if not isinstance(pipe, StarFlowPipeline):
         raise ValueError(f"{model} is no flow; the sampling of flows is what this measures")
@@ -82,15 +91,18 @@ def run(
 
 
 def measure(
-    flow: StarFlow, noise_BFChw: Tensor, states: Tensor | None, guidance: float, schedules: Sequence[Schedule], repeats: int = 3,
+    flow: StarFlow, noise_BFChw: Tensor, states: Tensor | None, guidance: float, schedules: Sequence[Schedule | FixedChunks], repeats: int = 3,
     progress: Progress = lambda phase, share: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per schedule, the first of which (sequential) is the one that errors are against."""
     device, frames, places = noise_BFChw.device, noise_BFChw.shape[1], noise_BFChw[0, 0, 0].numel()
 
-    def timed(schedule: Schedule, noise: Tensor) -> tuple[float, Tensor, dict[str, Report]]:
+    def timed(schedule: Schedule | FixedChunks, noise: Tensor) -> tuple[float, Tensor, dict[str, Report]]:
         began = now(device)
-        latents, reports = sample(flow, noise, states, guidance, schedule=schedule)
+        if isinstance(schedule, FixedChunks):
+            latents, reports = schedule.sample(flow, noise, states, guidance)
+        else:
+            latents, reports = sample(flow, noise, states, guidance, schedule=schedule)
         return now(device) - began, latents, reports
 
     timed(schedules[-1], noise_BFChw[:, :1])  # warm up
@@ -108,11 +120,11 @@ def measure(
             if repeat:
                 continue
             wanted = latents if index == 0 else wanted
-            deep, shallow, jacobi = reports["deep"], reports["shallow"], schedule.sampler == "jacobi"
+            deep, shallow, parallel = reports["deep"], reports["shallow"], schedule.sampler != "sequential"
             rows[index] = {
                 "sampler": schedule.sampler,
-                "tolerance": schedule.tolerance if jacobi else None,
-                "window": schedule.window if jacobi else 1,
+                "tolerance": schedule.tolerance if parallel else None,
+                "window": schedule.window if parallel else 1,
                 "passes": {"deep": deep.passes, "shallow": shallow.passes},
                 "evaluations": {
                     "deep": deep.evaluations / (frames * places),
