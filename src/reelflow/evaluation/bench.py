@@ -42,7 +42,8 @@ Progress = Callable[[str, float], None]
 def run(
     model: str = "mini", device: str | None = None, precision: Literal["float32", "bfloat16"] = "float32",
     tolerances: Sequence[float] = (1e-2, 1e-3, 1e-4), windows: Sequence[int] = (16, 32, 64), prompts: Sequence[str] = PROMPTS,
-    published: Sequence[float] = (1e-3, 1e-5, 1e-6), seed: int = 0, frames: int | None = None, guidance: float | None = None, repeats: int = 3,
+    published: Sequence[float] = (1e-3, 1e-5, 1e-6), seed: int = 0, frames: int | None = None, guidance: float | None = None,
+    repeats: int = 3,
     progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Benchmark a model: sequential, and Jacobi at every tolerance and window.
@@ -91,8 +92,8 @@ def run(
 
 
 def measure(
-    flow: StarFlow, noise_BFChw: Tensor, states: Tensor | None, guidance: float, schedules: Sequence[Schedule | FixedChunks], repeats: int = 3,
-    progress: Progress = lambda phase, share: None,
+    flow: StarFlow, noise_BFChw: Tensor, states: Tensor | None, guidance: float, schedules: Sequence[Schedule | FixedChunks],
+    repeats: int = 3, progress: Progress = lambda phase, share: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per schedule, the first of which (sequential) is the one that errors are against."""
     device, frames, places = noise_BFChw.device, noise_BFChw.shape[1], noise_BFChw[0, 0, 0].numel()

@@ -12,36 +12,34 @@ from reelflow.flow.attention import Attend, attention
 
 
 class KVCache:
-    """Room for `slots` tokens in every layer.
+    """Room for `slots` tokens in every layer, (layers, B, K, H, D).
 
     Writing at a slot again overwrites it, so a pass over a window can be repeated: nothing has to be rewound.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        shape = (layers, rows, heads, slots, head_dim)
+        shape = (layers, rows, slots, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # a slot not written yet is masked, but must not be NaN
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.first_B1 = torch.arange(0, rows * slots, slots, device=device)[:, None]
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[3]
+        return self.keys.shape[2]
 
     def at(self, slot_Bn: Tensor, seen_BnK: Tensor) -> list[Attend]:
         """One attention per layer for the tokens of a pass: writes their keys and values at `slot_Bn`, then every query
         sees the slots that `seen_BnK` (bool, over the first K slots) marks for it. Both broadcast over the rows.
         """
-        rows, heads, _, width = self.keys.shape[1:]
-        index = slot_Bn[:, None, :, None].expand(rows, heads, -1, width)
+        index = (self.first_B1 + slot_Bn).flatten()
         mask, used = seen_BnK[:, None], seen_BnK.shape[-1]
+
+        def write(store_BKHD: Tensor, new_BHnD: Tensor) -> Tensor:
+            store_BKHD.flatten(0, 1).index_copy_(0, index, new_BHnD.transpose(1, 2).flatten(0, 1).to(store_BKHD.dtype))
+            return store_BKHD[:, :used].transpose(1, 2)
 
         def attend(layer: int) -> Attend:
             keys, values = self.keys[layer], self.values[layer]
-
-            def run(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-                keys.scatter_(2, index, k_BHTD.to(keys.dtype))
-                values.scatter_(2, index, v_BHTD.to(values.dtype))
-                return attention(q_BHTD, keys[:, :, :used], values[:, :, :used], mask)
-
-            return run
+            return lambda q_BHTD, k_BHTD, v_BHTD: attention(q_BHTD, write(keys, k_BHTD), write(values, v_BHTD), mask)
 
         return [attend(layer) for layer in range(len(self.keys))]

@@ -95,11 +95,11 @@ class Ring(Conditioner):
         self.fixed = self.text + 1  # slots that stay: text and start token
         slot = torch.arange(self.cache.slots, device=self.device) - self.text
         self.held_BK = slot.where(slot < 1, torch.iinfo(slot.dtype).max).repeat(batch, 1)
-        self.unturned = self.cache.keys[:, :, :, : self.fixed].clone()
+        self.unturned = self.cache.keys[:, :, : self.fixed].clone()
 
     def read_text(self, text_BLE: Tensor | None) -> None:
         super().read_text(text_BLE)
-        self.unturned[:, :, :, : self.text] = self.cache.keys[:, :, :, : self.text]
+        self.unturned[:, :, : self.text] = self.cache.keys[:, :, : self.text]
 
     def __call__(self, inputs_BnC: Tensor, place_Bn: Tensor, used: int) -> Affine:
         self._turn(place_Bn[:, :1] - self.block.first)
@@ -121,6 +121,6 @@ class Ring(Conditioner):
         if rotary is None:
             return
         still, turn = self._each(passed == 0)[:, :, None, None], Rotary(self._each(rotary.turn)[:, None], rotary.halves)
-        keys = self.cache.keys[:, :, :, : self.fixed]
+        keys = self.cache.keys[:, :, : self.fixed]
         self.unturned = torch.where(still, keys, self.unturned)
         keys.copy_(torch.where(still, keys, turn.rotate(self.unturned)))
