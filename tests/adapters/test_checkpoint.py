@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reelflow.adapters.checkpoint import load_into, new_folder, read_pickle, read_weights, save_weights
+from reelflow.adapters.checkpoint import load_into, new_folder, read_pickle, read_weights, save_weights, written
 
 
 def net() -> nn.Module:
@@ -70,6 +71,18 @@ def test_meta_module_takes_the_tensors_themselves(tmp_path: Path) -> None:
         module = net()
     load_into(module, tmp_path)
     assert torch.equal(module(x), source(x))
+
+
+def test_tensors_are_read_into_the_precision_that_is_declared(tmp_path: Path) -> None:
+    source = net()
+    save_weights(source.state_dict(), tmp_path)
+    with torch.device("meta"):
+        module = net()
+        module[0].to(torch.bfloat16)
+    load_into(module, tmp_path, "cpu", "declared")
+    kinds = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    assert {kind for name, kind in kinds.items() if name.startswith("0.")} == {torch.bfloat16}
+    assert {kind for name, kind in kinds.items() if not name.startswith("0.")} == {torch.float32}
 
 
 def test_other_modules_are_copied_into() -> None:
@@ -186,3 +199,15 @@ except ValueError as error:
     assert "model.safetensors: cannot be written" in result.stdout
     assert result.stdout.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_written_files_are_for_everyone_the_umask_allows(tmp_path: Path) -> None:
+    with written(tmp_path / "z.safetensors") as temporary:
+        save_file({"z": torch.zeros(1)}, temporary)
+    assert (tmp_path / "z.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

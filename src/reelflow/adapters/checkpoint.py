@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -149,7 +149,7 @@ def load_into(
     module: nn.Module,
     weights: str | Path | Mapping[str, Tensor],
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["declared"] | None = None,
     *,
     finite: bool = False,
 ) -> None:
@@ -161,7 +161,8 @@ def load_into(
     Args:
         weights: a folder or file for `read_weights`, or a mapping name → tensor.
         device: where the module goes; None: where it is (a `meta` module: CPU).
-        dtype: precision of floating-point values; None: as stored (`meta`) or as the module has it.
+        dtype: precision of floating-point values; None: as stored (`meta`) or as the module has it; "declared": each as the
+            `meta` module has it, read from disk straight into that.
         finite: also refuse tensors with NaN or infinity.
 
     Raises:
@@ -176,14 +177,15 @@ def load_into(
         require_finite(weights, source)
     assign = any(tensor.is_meta for tensor in current.values())
 
-    def ready(tensor: Tensor) -> Tensor:
-        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    def ready(name: str, tensor: Tensor) -> Tensor:
+        kind = current[name].dtype if dtype == "declared" else dtype
+        return tensor.to(device=device, dtype=kind if tensor.is_floating_point() else None)
 
     if assign:
-        module.load_state_dict({name: ready(weights[name]) for name in current}, assign=True)
+        module.load_state_dict({name: ready(name, weights[name]) for name in current}, assign=True)
         assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer outside the state dict is still on meta"
     else:
-        module.to(device=device, dtype=dtype)
+        module.to(device=device, dtype=None if dtype == "declared" else dtype)
         module.load_state_dict(dict(weights))
 
 
@@ -264,6 +266,9 @@ def written(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({_line(error)}); check permissions and free space") from None

@@ -72,7 +72,10 @@ def _published(checkpoint: Path) -> dict[str, Any]:
     for name, arguments in published.items():
         if checkpoint.stem.startswith(name):
             return arguments
-    raise ValueError(f"{checkpoint}: not a published file name ({', '.join(published)}); give its YAML configuration too")
+    raise ValueError(
+        f"{checkpoint}: not a published file name ({', '.join(published)}); "
+        "convert it first: reelflow models convert FILE --config YAML -o FOLDER"
+    )
 
 
 def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

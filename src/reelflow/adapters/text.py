@@ -85,7 +85,7 @@ class TextEncoder:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """The library's bars would mix with the command line's own."""
     from transformers.utils import logging
 
@@ -112,7 +112,7 @@ def load_text_encoder(
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder; a model folder has text_encoder/ and tokenizer/")
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = T5EncoderModel.from_pretrained(
                 str(text_encoder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )

@@ -338,14 +338,14 @@ class StarFlowPipeline(Pipeline):
         else:
             about, config, weights = open_checkpoint(source)
         with torch.device("meta"):
-            flow = StarFlow(config)
-        load_into(flow, weights, device, torch.float32)
+            flow = StarFlow(config).set_precision(getattr(torch, precision))
+        load_into(flow, weights, device, "declared")
         codec = load_codec(part_folder(folder, "vae", about.parts), about.latent_scale, device)
         text = None
         if config.text_tokens:
             encoder, tokenizer = (part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer"))
             text = load_text_encoder(encoder, tokenizer, config.text_tokens, device)
-        return cls(about, flow.set_precision(getattr(torch, precision)), codec, text)
+        return cls(about, flow, codec, text)
 
 
 def _settings(sampling: Sampling, guidance: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from reelflow.adapters.checkpoint import new_folder, save_weights
-from reelflow.adapters.text import load_text_encoder
+from reelflow.adapters.text import load_text_encoder, no_progress_bar
 from reelflow.adapters.vae import load_codec
 from reelflow.clip import contact_sheet
 from reelflow.pipelines.starflow import StarFlowPipeline
@@ -76,7 +76,8 @@ def export(trainer: Trainer, target: Path) -> Path:
         save_weights(state, folder / "transformer")
         pipe.flow.config.write(folder / "transformer" / "config.json")
         pipe.about.write(folder / "config.json")
-        pipe.text.model.save_pretrained(str(folder / "text_encoder"))
+        with no_progress_bar():
+            pipe.text.model.save_pretrained(str(folder / "text_encoder"))
         pipe.text.tokenizer.save_pretrained(str(folder / "tokenizer"))
         shutil.copytree(trainer.config.vae, folder / "vae")
     return target
