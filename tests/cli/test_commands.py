@@ -58,6 +58,7 @@ def test_options_reach_the_sampler(run, tiny_model: Path, tmp_path: Path) -> Non
         "--tolerance",
         0.01,
         "--no-denoise",
+        "--ring",
         "--precision",
         "bfloat16",
         "--device",
@@ -67,9 +68,27 @@ def test_options_reach_the_sampler(run, tiny_model: Path, tmp_path: Path) -> Non
     )
     said = json.loads(run("generate", "x", "--model", tiny_model, "-o", "a.gif", "--json", "--guidance", 2, *options).out)
     assert said["settings"] == {
-        "frames": 5, "aspect": "1:1", "guidance": 2.0, "denoise": False, "sampler": "sequential", "tolerance": 0.01, "window": 64,
+        "frames": 5, "aspect": "1:1", "guidance": 2.0, "denoise": False, "ring": True, "sampler": "sequential", "tolerance": 0.01,
     }  # fmt: skip
     assert said["reports"]["deep"]["passes"] == 32, "one pass a token"
+
+
+def test_a_stream_is_written_as_it_comes(run, tiny_model: Path, tmp_path: Path) -> None:
+    done = run("generate", "x", "--model", tiny_model, "-o", "a/", "--seed", 7, "--stream", *QUICK)
+    assert (done.code, done.errors) == (0, [])
+    assert done.out.startswith("a/: 5 frames × 64 × 64, 0.62 s at 8 per second · seed 7 · first frame after ")
+    assert run("generate", "x", "--model", tiny_model, "-o", "b/", "--seed", 7, *QUICK).code == 0
+    streamed, whole = (Clip.open(tmp_path / name) for name in ("a", "b"))
+    assert np.abs(streamed.frames.astype(int) - whole.frames).max() <= 1
+    assert streamed.metadata["seconds"]["first_frame"] > 0
+
+
+def test_a_certificate_is_printed_and_stored(run, tiny_model: Path, tmp_path: Path) -> None:
+    done = run("generate", "x", "--model", tiny_model, "-o", "a.mp4", "--seed", 7, "--certify", *QUICK)
+    assert re.search(r"residual \S+ σ at most, \S+ σ rms", done.out)
+    assert Clip.open(tmp_path / "a.mp4").metadata["certificate"]["largest"] < 0.05
+    said = json.loads(run("generate", "x", "--model", tiny_model, "-o", "b.mp4", "--json", "--certify", *QUICK).out)
+    assert 0 < said["certificate"]["rms"] <= said["certificate"]["largest"]
 
 
 def test_no_metadata(run, tiny_model: Path, tmp_path: Path) -> None:
