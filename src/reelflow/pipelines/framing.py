@@ -62,10 +62,10 @@ class Framing:
 
     def source(self, clip: Clip, most: int | None) -> tuple[Clip, str]:
         """A given video at the model's rate and size, its end cut to a length the codec takes (at most `most` frames)."""
-        clip, aspect = self.fit(clip.resample(self.about.fps))
+        clip = clip.resample(self.about.fps)
         step = self.codec.temporal_factor
         length = 1 + (len(clip) - 1) // step * step
         if most is not None and length > most:
             say(f"the video has {len(clip)} frames at {self.about.fps:g} per second; the first {most} are used")
             length = most
-        return clip[:length], aspect
+        return self.fit(clip[:length])

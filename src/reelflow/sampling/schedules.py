@@ -188,6 +188,7 @@ class Solver:
         back, z = (place_Bn - self.stride).clamp(min=0), take(self.z, place_Bn)
         found = Affine(take(self.shift, back), take(self.scale, back)).inverse(z)
         put(self.stream, place_Bn + 1, calm(found.where((place_Bn >= self.stride)[..., None], z)))
+        self.age.scatter_(1, place_Bn, 0)
 
 
 def calm(guess: Tensor) -> Tensor:
