@@ -78,14 +78,21 @@ def rates(results: Sequence[dict[str, bool]]) -> dict[str, float]:
 def generate(
     pipe: StarFlowPipeline, wanted: list[Scene], seed: int, batch: int, sampling: Sampling, progress: Callable[[float], None]
 ) -> dict[str, float]:
-    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked."""
+    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked; of those asked to
+    move left, right, up or down also the share that do, `direction`.
+    """
     results = []
     for start in range(0, len(wanted), batch):
         some = wanted[start : start + batch]
         clips = pipe.generate_batch([canonical(scene) for scene in some], [seed + start + i for i in range(len(some))], sampling=sampling)
         results += [matches(detect(clip.frames, len(scene.things)), scene) for clip, scene in zip(clips, some, strict=True)]
         progress(len(results) / len(wanted))
-    return rates(results)
+    moving = [
+        result["motion"]
+        for result, scene in zip(results, wanted, strict=True)
+        if all(thing.motion.startswith("moves") for thing in scene.things)
+    ]
+    return rates(results) | ({"direction": round(sum(moving) / len(moving), 4)} if moving else {})
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
