@@ -160,7 +160,7 @@ def test_wrong_tensors(video: VideoCodec) -> None:
         video.encode(clip().float())
     with pytest.raises(ValueError, match="frames = 8"):
         video.encode(clip(8))
-    with pytest.raises(ValueError, match=r"expected \(B, f, 6, h, w\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, 6, h, w\)"):
         video.decode(torch.zeros(1, 2, 5, 2, 2))
 
 

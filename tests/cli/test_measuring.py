@@ -83,7 +83,7 @@ def test_bench(run, tiny_model: Path) -> None:
     done = run("bench", "--model", tiny_model, "--frames", 1, "--repeats", 1, "--json")
     found = json.loads(done.out)
     assert (done.code, done.errors) == (0, [])
-    assert {"sequential", "jacobi"} == {row["sampler"] for row in found["rows"]}
+    assert {"sequential", "fixed chunks", "jacobi"} == {row["sampler"] for row in found["rows"]}
     assert {"tokens_per_second", "passes", "first_frame_seconds", "peak_memory"} <= found["rows"][0].keys()
 
 

@@ -96,8 +96,9 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     return {path: leaf.clone() if isinstance(leaf, Tensor) else leaf for path, leaf in flat(found).items()}
 
 
-def test_a_step_changes_every_weight(tmp_path: Path, text: TextEncoder) -> None:
-    trainer = make_trainer(tmp_path, text)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_changes_every_weight(tmp_path: Path, text: TextEncoder, optimizer: str) -> None:
+    trainer = make_trainer(tmp_path, text, {"optimizer": optimizer})
     before = state_of(trainer)
     row = trainer.train_step()
     unchanged = [path for path, leaf in state_of(trainer).items() if path.startswith("/parts") and torch.equal(leaf, before[path])]

@@ -77,11 +77,13 @@ class Trainer:
 
         layers = [p for block in self.flow.blocks for p in block.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"]
         matrices = {id(p) for p in layers}
-        self.optimizers = [(adamw([p for p in self.flow_parameters if id(p) not in matrices], config.lr), config.lr)]
+        self.optimizers = [adamw([p for p in self.flow_parameters if id(p) not in matrices], config.lr)]
         if layers:
-            self.optimizers.append((Muon(layers, config.lr), config.lr))
+            self.optimizers.append(Muon(layers, config.lr))
+        self.peaks = [config.lr] * len(self.optimizers)
         if denoiser:
-            self.optimizers.append((adamw(denoiser, config.denoiser_lr), config.denoiser_lr))
+            self.optimizers.append(adamw(denoiser, config.denoiser_lr))
+            self.peaks.append(config.denoiser_lr)
         self.step = 0
         self.skipped = 0
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -132,7 +134,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.denoiser_parameters, config.grad_clip)
         skip = config.grad_skip and self.step >= 100 and norm > config.grad_clip
         self.skipped += skip
-        for optimizer, peak in self.optimizers:
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             optimizer.param_groups[0]["lr"] = self.rate(self.step, peak)
             if not skip:
                 optimizer.step()
@@ -186,7 +188,7 @@ class Trainer:
             "skipped": self.skipped,
             "parts": self.parts.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         temporary = self.checkpoint.with_suffix(".tmp")
         try:
@@ -210,6 +212,6 @@ class Trainer:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise ValueError(f"{self.checkpoint}: of another architecture ({first}); give another folder") from None
-        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.skipped = state["step"], state["skipped"]
