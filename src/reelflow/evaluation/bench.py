@@ -46,7 +46,7 @@ def run(
     repeats: int = 3,
     progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Benchmark a model: sequential, and Jacobi at every tolerance and window.
+    """Benchmark a model: sequential, the published sampler, and Jacobi at every tolerance and window.
 
     Args:
         tolerances, windows: of the Jacobi schedules, see `Schedule`.

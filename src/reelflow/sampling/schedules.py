@@ -88,7 +88,7 @@ class Solver:
 
     def __init__(self, name: str, block: FlowBlock, z_BNC: Tensor, stride: int, schedule: Schedule, progress: Progress):
         self.name, self.block, self.stride, self.schedule, self.progress = name, block, stride, schedule, progress
-        batch, self.places, channels = z_BNC.shape
+        batch, _, channels = z_BNC.shape
         self.window = min(schedule.tokens(z_BNC.device), stride, MASK_ROWS)
         self.z = torch.cat((z_BNC, z_BNC.new_zeros(batch, 2 * self.window, channels)), 1)
         sos = z_BNC.new_zeros(channels) if block.sos is None else block.sos

@@ -49,7 +49,7 @@ class TrainConfig(Strict):
     """The model folder's own config.json."""
     flow: FlowConfig
     latents: Path
-    """Folder of cached latents (`reelflow train prepare`)."""
+    """Folder of cached latents (`python -m reelflow.training.latents`)."""
     vae: Path
     """Folder of the video codec, copied into the trained model."""
     text: TextConfig | Path
