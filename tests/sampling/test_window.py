@@ -86,7 +86,7 @@ def test_a_pass_never_asks_the_device(setting: Setting) -> None:
         reader.read_text(torch.randn(4, model.config.text_tokens, model.config.text_dim))
         shapes = {name: value.shape for name, value in vars(solver).items() if isinstance(value, Tensor)}
         for _ in range(3):
-            solver.slide(reader, 0, 24, 6, 30)
+            solver.slide(reader, 6, 30)
         assert shapes == {name: value.shape for name, value in vars(solver).items() if isinstance(value, Tensor)}
 
 
@@ -100,7 +100,7 @@ def test_passes_beyond_the_end_change_nothing(setting: Setting) -> None:
         solver.solve(reader, 0, 16, 16)
         wanted, report = solver.tokens(0, 16).clone(), solver.report
         for _ in range(3):
-            solver.slide(reader, 0, 16, 6, 22)
+            solver.slide(reader, 6, 22)
     assert torch.equal(solver.tokens(0, 16), wanted)
     assert solver.report.residual == report.residual
 

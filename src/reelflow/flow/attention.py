@@ -99,10 +99,12 @@ class Attention(nn.Module):
         if qkv.device.type == "cpu" and qkv.requires_grad:
             qkv = wide(qkv)  # the CPU's attention backward is four times slower in bfloat16 (torch 2.13), the forward about equal
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_BHTD, k_BHTD, v_BHTD = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q_BHTD, k_BHTD = self.query_norm(q_BHTD), self.key_norm(k_BHTD)
+        both, v_BHTD = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if isinstance(self.query_norm, RMSNorm):
+            both = torch.cat((self.query_norm(both[:, : self.heads]), self.key_norm(both[:, self.heads :])), 1)
         if rotary is not None:
-            q_BHTD, k_BHTD = rotary.rotate(q_BHTD), rotary.rotate(k_BHTD)
+            both = rotary.rotate(both)
+        q_BHTD, k_BHTD = both.split((self.heads, self.kv_heads), dim=1)
         return q_BHTD, k_BHTD, v_BHTD
 
     def merge(self, mixed_BHTD: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ Shapes: B clips, n tokens of a pass, C latent channels, L text tokens, E text ch
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from reelflow.flow import Affine, StarFlow, guide
 from reelflow.flow.block import FlowBlock
+from reelflow.flow.parallel import Exchange, Ranks
 from reelflow.flow.rope import Rotary
 
 MASK_ROWS = 256  # tokens that are read in one pass at most, so that no mask is larger than 256 × keys
@@ -32,7 +35,10 @@ class Conditioner:
     def __init__(self, model: StarFlow, block: FlowBlock, batch: int, size: tuple[int, int], places: int, guidance: float = 0.0):
         self.model, self.block, self.size, self.guidance = model, block, size, guidance
         self.text = model.config.text_tokens if block.proj_text is not None else 0
-        self.rows = 2 * batch if guidance else batch
+        ranks, branches = model.ranks if block is model.deep_block else Ranks(), 2 if guidance else 1
+        values = 2 * batch * MASK_ROWS * model.config.channels
+        self.exchange = Exchange(ranks, branches, values * branches, block.proj_out.weight)
+        self.rows = branches * batch // self.exchange.split
         self.device = block.proj_in.weight.device
         self.cache = block.new_cache(self.rows, self.text + places)
 
@@ -40,8 +46,8 @@ class Conditioner:
         """Read text states, or read others instead; with guidance the conditional ones, then the unconditional ones (2B, L, E)."""
         if self.block.proj_text is None or text_BLE is None:
             return
-        assert len(text_BLE) == self.rows, "guidance takes the conditional and the unconditional texts"
-        hidden, place = self.block.proj_text(text_BLE), torch.arange(-self.text, 0, device=self.device)[None]
+        assert len(text_BLE) == self.rows * self.exchange.split, "guidance takes the conditional and the unconditional texts"
+        hidden, place = self.block.proj_text(self.exchange.own(text_BLE)), torch.arange(-self.text, 0, device=self.device)[None]
         for some, at in zip(hidden.split(MASK_ROWS, 1), place.split(MASK_ROWS, 1), strict=True):
             self._run(some, at, 0)
 
@@ -55,9 +61,9 @@ class Conditioner:
         """
         place = place_Bn - self.block.first
         hidden = self.block.embed(inputs_BnC, place)
-        if self.guidance:
+        if len(hidden) != self.rows:
             hidden = torch.cat((hidden, hidden))
-        found = self.block.read(self._run(hidden, place, used))
+        found = self.exchange(self.block.read(self._run(hidden, place, used)))
         if not self.guidance:
             return found
         conditional, unconditional = (Affine(*pair) for pair in zip(*(part.chunk(2) for part in found), strict=True))
@@ -68,9 +74,17 @@ class Conditioner:
         held = torch.arange(-self.text, used, device=self.device)
         return place_Bn + self.text, held <= place_Bn[..., None]
 
+    @cached_property
+    def table(self) -> Rotary | None:
+        """Rotations of every slot's place."""
+        return self.model.rotary(torch.arange(self.cache.slots, device=self.device) - self.text, self.size, bool(self.text))
+
+    def rotary(self, place_Bn: Tensor) -> Rotary | None:
+        return self.table and Rotary(self.table.turn[place_Bn + self.text], self.table.halves)
+
     def _run(self, hidden: Tensor, place: Tensor, used: int) -> Tensor:
         slot, seen = self.slots(place, used)
-        rotary = self.model.rotary(place, self.size, bool(self.text))
+        rotary = self.rotary(place)
         if rotary is not None:
             rotary = Rotary(self._each(rotary.turn)[:, None], rotary.halves)
         return self.block.run(hidden, rotary, self.cache.at(self._each(slot), self._each(seen)))
@@ -114,6 +128,9 @@ class Ring(Conditioner):
         held, place = self.held_BK[:, None], place_Bn[..., None]
         return slot.expand(batch, -1), (held <= place) & ((held >= oldest[..., None]) | (held <= 0))
 
+    def rotary(self, place_Bn: Tensor) -> Rotary | None:
+        return self.model.rotary(place_Bn, self.size, bool(self.text))  # there is no end to the places
+
     def _turn(self, first_B1: Tensor) -> None:
         """Turn text and start token to where they stand for the frame that a pass begins in."""
         passed = (first_B1.div(self.stride, rounding_mode="floor") - self.frames).clamp(min=0).float()
@@ -122,5 +139,5 @@ class Ring(Conditioner):
             return
         still, turn = self._each(passed == 0)[:, :, None, None], Rotary(self._each(rotary.turn)[:, None], rotary.halves)
         keys = self.cache.keys[:, :, : self.fixed]
-        self.unturned = torch.where(still, keys, self.unturned)
+        self.unturned.copy_(torch.where(still, keys, self.unturned))
         keys.copy_(torch.where(still, keys, turn.rotate(self.unturned)))

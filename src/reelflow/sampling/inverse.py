@@ -42,8 +42,9 @@ def sample(
     """
     size, reports = (noise_BFChw.shape[-2], noise_BFChw.shape[-1]), dict[str, Report]()
     u = torch.stack(list(deep_frames(model, noise_BFChw, texts, guidance, prefix_BFChw, reports, False, **settings)), 1)
-    x, reports["shallow"] = shallow(model, u, size, settings.get("schedule", Schedule()), settings.get("progress", silent))
-    latents = from_tokens(x, *size)
+    shallow = Shallow(model, u.shape[0] * u.shape[1], size, settings.get("schedule", Schedule()), settings.get("progress", silent))
+    latents = from_tokens(shallow(u), *size)
+    reports["shallow"] = shallow.report
     return latents if prefix_BFChw is None else torch.cat((wide(prefix_BFChw), latents), 1), reports
 
 
@@ -59,19 +60,36 @@ def stream(
     size, reports = (noise_BFChw.shape[-2], noise_BFChw.shape[-1]), {} if reports is None else reports
     if prefix_BFChw is not None:
         yield from wide(prefix_BFChw).unbind(1)
+    shallow = Shallow(model, len(noise_BFChw), size, settings.get("schedule", Schedule()), settings.get("progress", silent))
     for u_BSC in deep_frames(model, noise_BFChw, texts, guidance, prefix_BFChw, reports, True, **settings):
-        x, found = shallow(model, u_BSC[:, None], size, settings.get("schedule", Schedule()), settings.get("progress", silent))
-        reports["shallow"] = reports.get("shallow", Report()) + found
-        yield from_tokens(x, *size)[:, 0]
+        latents = from_tokens(shallow(u_BSC[:, None]), *size)[:, 0]
+        reports["shallow"] = shallow.report
+        yield latents
 
 
-def shallow(model: StarFlow, u_BFSC: Tensor, size: tuple[int, int], schedule: Schedule, progress: Progress) -> tuple[Tensor, Report]:
-    """The shallow blocks from last to first, (B, F, S, C); every frame is a sequence of its own."""
-    clips, _, stride, _ = u_BFSC.shape
-    x, report = u_BFSC.flatten(0, 1), Report()
-    for index, block in reversed([*enumerate(model.blocks[:-1])]):
-        solver = Solver(f"shallow block {index}", block, order(x[:, None], block)[:, 0], stride, schedule, progress)
-        conditioner = Conditioner(model, block, len(x), size, stride + solver.window)
-        solver.solve(conditioner, 0, stride, stride)
-        x, report = order(solver.tokens(0, stride)[:, None], block)[:, 0], report + solver.report
-    return x.unflatten(0, (clips, -1)), report
+class Shallow:
+    """The shallow blocks from last to first; every frame is a sequence of its own. For as many frames at a time as it is made
+    for, again and again.
+    """
+
+    def __init__(self, model: StarFlow, frames: int, size: tuple[int, int], schedule: Schedule, progress: Progress):
+        self.stride = size[0] * size[1]
+        nothing = model.deep_block.proj_in.weight.new_zeros(frames, self.stride, model.config.channels)
+        self.steps = []
+        for index, block in reversed([*enumerate(model.blocks[:-1])]):
+            solver = Solver(f"shallow block {index}", block, nothing, self.stride, schedule, progress)
+            self.steps.append((solver, Conditioner(model, block, frames, size, self.stride + solver.window)))
+
+    @property
+    def report(self) -> Report:
+        """Of all frames so far."""
+        return sum((solver.report for solver, _ in self.steps), Report())
+
+    def __call__(self, u_BFSC: Tensor) -> Tensor:
+        """Tokens of the latents, (B, F, S, C), from those of the deep block; B · F frames."""
+        x_BFSC = u_BFSC
+        for solver, conditioner in self.steps:
+            solver.begin(order(x_BFSC, solver.block).flatten(0, 1))
+            solver.solve(conditioner, 0, self.stride, self.stride)
+            x_BFSC = order(solver.tokens(0, self.stride).unflatten(0, u_BFSC.shape[:2]), solver.block)
+        return x_BFSC

@@ -8,9 +8,10 @@ Shapes: B clips, N places, n window, C latent channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import ceil, isfinite
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from reelflow.flow import Affine
 from reelflow.flow.block import FlowBlock
 from reelflow.sampling.conditioner import MASK_ROWS, Conditioner
+from reelflow.sampling.replay import Replay
 
 Progress = Callable[[int], None]
 silent: Progress = lambda tokens: None  # noqa: E731
@@ -62,7 +64,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.sampler not in ("jacobi", "sequential"):
             raise ValueError(f"sampler {self.sampler!r} does not exist; use jacobi or sequential")
-        if not (math.isfinite(self.tolerance) and 0 <= self.tolerance <= 0.1):
+        if not (isfinite(self.tolerance) and 0 <= self.tolerance <= 0.1):
             raise ValueError(f"tolerance {self.tolerance} is not usable; give a number from 0 (exact) to 0.1")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is not usable; give at least 1 token")
@@ -89,22 +91,34 @@ class Solver:
     def __init__(self, name: str, block: FlowBlock, z_BNC: Tensor, stride: int, schedule: Schedule, progress: Progress):
         self.name, self.block, self.stride, self.schedule, self.progress = name, block, stride, schedule, progress
         batch, _, channels = z_BNC.shape
-        self.window = min(schedule.tokens(z_BNC.device), stride, MASK_ROWS)
+        device = z_BNC.device
+        self.window = min(schedule.tokens(device), stride, MASK_ROWS)
+        self.every = 1 if schedule.sampler == "sequential" or device.type == "cpu" else 8  # passes between two looks of the host
         self.z = torch.cat((z_BNC, z_BNC.new_zeros(batch, 2 * self.window, channels)), 1)
         sos = z_BNC.new_zeros(channels) if block.sos is None else block.sos
-        self.stream = torch.cat((sos.expand(batch, 1, -1), calm(self.z)), 1)
+        self.stream = torch.cat((sos.expand(batch, 1, -1), self.z), 1)
         """What stands before every place: start token, then tokens; guesses from the position on."""
         self.shift, self.scale = torch.zeros_like(self.z), torch.ones_like(self.z)
-        self.age = torch.zeros(self.z.shape[:2], dtype=torch.int32, device=z_BNC.device)
-        self.at = torch.full((batch,), block.first, device=z_BNC.device)  # without a start token, the first token is its noise
-        self.ahead = torch.arange(self.window, device=z_BNC.device)
-        self.residual = torch.zeros((), device=z_BNC.device)
-        self.broken = torch.full((), NEVER, device=z_BNC.device)  # the first place whose final value is not finite
+        self.age = torch.zeros(self.z.shape[:2], dtype=torch.int32, device=device)
+        self.at, self.base, self.limit = (torch.zeros(shape, dtype=torch.long, device=device) for shape in ((batch,), (), ()))
+        self.ahead = torch.arange(self.window, device=device)
+        self.residual = torch.zeros((), device=device)
+        self.broken = torch.full((), NEVER, device=device)  # the first place whose final value is not finite
         self.passes = self.evaluations = 0
-        self.least = self.most = block.first  # of `at`, as the host knows it
+        self.replay = Replay(device)
+        self.begin(z_BNC)
+
+    def begin(self, z_BNC: Tensor) -> None:
+        """Forget the tokens, and start from other noise."""
+        self.z[:, : z_BNC.shape[1]] = z_BNC
+        self.stream[:, 1:] = calm(self.z)
+        self.at.fill_(self.block.first)  # without a start token, the first token is its noise
+        self.age.zero_()
+        self.least = self.most = self.block.first  # of `at`, as the host knows it
 
     @property
     def report(self) -> Report:
+        """Of all that was done so far."""
         return Report(self.passes, self.evaluations, float(self.residual))
 
     def give(self, tokens_BNC: Tensor) -> None:
@@ -130,33 +144,35 @@ class Solver:
 
     def solve(self, conditioner: Conditioner, base: int, until: int, limit: int) -> None:
         """Go on until every clip is known up to place `until`; none goes beyond `limit`. Places before are read already."""
-        step, every = (self.next, 1) if self.schedule.sampler == "sequential" else (self.slide, 1 if self.z.device.type == "cpu" else 8)
+        step = self.next if self.schedule.sampler == "sequential" else self.slide
+        self.base.fill_(base)
+        self.limit.fill_(limit)
         while self.least < until:
-            before = self.at.sum()
-            for _ in range(every):  # the host looks only now and then, so that the device never waits for it
-                window = min(self.window, limit - self.least) if every == 1 else self.window
-                step(conditioner, base, limit, window, self.most + window - base)
-                self.most = min(self.most + window, limit)
-                self.passes += 1
-                self.evaluations += window
-            least, most, after, broken = torch.stack((self.at.min(), self.at.max(), self.at.sum() - before, self.broken)).tolist()
+            before, window, used = self.at.sum(), min(self.window, limit - self.least), self.most + self.window
+            if self.every > 1:  # few shapes, each of them a graph: whole windows, and keys up to the end of a frame
+                window, used = self.window, ceil((self.most + self.every * self.window) / self.stride) * self.stride
+            used = min(used, limit + self.window) - base
+            for _ in range(self.every):
+                self.replay((conditioner, used), partial(step, conditioner, window, used))
+            self.passes += self.every
+            self.evaluations += self.every * window
+            found = torch.stack((self.at.min(), self.at.max(), self.at.sum() - before, self.broken)).tolist()
+            self.least, self.most, after, broken = found
             if broken != NEVER:
                 raise ValueError(
                     f"{self.name}, latent frame {broken // self.stride}: values are not finite; use precision float32, or less guidance"
                 )
-            self.least, self.most = least, most
             self.progress(after)
 
-    def next(self, conditioner: Conditioner, base: int, limit: int, window: int, used: int) -> None:
+    def next(self, conditioner: Conditioner, window: int, used: int) -> None:
         """One token of every clip."""
-        place = self.at[:1, None] - base
+        place = self.at[:1, None] - self.base
         found = conditioner(self.stream[:, self.least, None], place, used)
         new = self.stream[:, self.least + 1] = found.inverse(self.z[:, self.least, None])[:, 0]
-        self.broken = self.broken.minimum(torch.where(new.isfinite().all(), NEVER, self.least))
-        self.least += 1
+        self.broken.clamp_(max=torch.where(new.isfinite().all(), NEVER, self.least))
         self.at += 1
 
-    def slide(self, conditioner: Conditioner, base: int, limit: int, window: int, used: int) -> None:
+    def slide(self, conditioner: Conditioner, window: int, used: int) -> None:
         """One pass of the fixed-point iteration, over a window that slides past its settled head.
 
         Every place of the window is evaluated from the present guesses. The first of them is final, for its inputs are; so
@@ -165,17 +181,17 @@ class Solver:
         frame back with its own noise, shift + scale · z; in the first frame from the noise alone.
         """
         place = self.at[:, None] + self.ahead[:window]
-        found = conditioner(take(self.stream, place), place - base, used)
+        found = conditioner(take(self.stream, place), place - self.base, used)
         new, old = found.inverse(take(self.z, place)), take(self.stream, place + 1)
         change = ((new - old).abs() / found.scale).amax(2)
         age = self.age.gather(1, place) + 1
         tolerance = self.schedule.tolerance * torch.where(age >= PATIENCE, LOOSER, 1.0)
         run = (change <= tolerance).int().cumprod(1)
         frame_end = (self.at.div(self.stride, rounding_mode="floor") + 1) * self.stride
-        settled = (1 + run[:, : window - 1].sum(1)).minimum(frame_end - self.at).minimum(limit - self.at)
+        settled = (1 + run[:, : window - 1].sum(1)).minimum(frame_end - self.at).minimum(self.limit - self.at)
         ahead, settled_B1 = self.ahead[:window], settled[:, None]
-        self.residual = self.residual.maximum(change.where(ahead < settled_B1 - 1, 0.0).max())
-        self.broken = self.broken.minimum(place.where(~new.isfinite().all(2) & (ahead < settled_B1), NEVER).min())
+        self.residual.clamp_(min=change.where(ahead < settled_B1 - 1, 0.0).max())
+        self.broken.clamp_(max=place.where(~new.isfinite().all(2) & (ahead < settled_B1), NEVER).min())
         put(self.stream, place + 1, calm(new))
         put(self.shift, place, found.shift)
         put(self.scale, place, found.scale)
