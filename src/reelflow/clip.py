@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from reelflow.media.comment import MediaError
+from reelflow.media.picture import fitted
 from reelflow.media.read import read
 from reelflow.media.timeline import Limits, rational
 from reelflow.media.write import ClipWriter, check_output
@@ -131,12 +132,7 @@ class Clip:
             raise ValueError(f"size {width} x {height} is not possible: give whole pixels, 1 or more")
         if (height, width) == (self.height, self.width):
             return self
-        scale = max(height / self.height, width / self.width)
-        across, down = min(width / scale, self.width), min(height / scale, self.height)
-        left, top = (self.width - across) / 2, (self.height - down) / 2
-        box = (left, top, min(left + across, self.width), min(top + down, self.height))
-        frames = [Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS, box=box) for frame in self.frames]
-        return replace(self, frames=np.stack([np.asarray(frame) for frame in frames]))
+        return replace(self, frames=np.stack([fitted(frame, height, width) for frame in self.frames]))
 
 
 def contact_sheet(clip: Clip, columns: int = 8, rows: int = 1, tile: int = 256) -> Image.Image:

@@ -40,6 +40,18 @@ def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
         return picture
 
 
+def fitted(frame: np.ndarray, height: int, width: int, place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """A frame (H, W, 3) at another size: the largest part of the same shape, scaled with an antialiased filter, never squashed.
+
+    place: where that part lies, across and down, from 0 (left, top) to 1; the middle by default.
+    """
+    scale = max(height / frame.shape[0], width / frame.shape[1])
+    across, down = min(width / scale, frame.shape[1]), min(height / scale, frame.shape[0])
+    left, top = (frame.shape[1] - across) * place[0], (frame.shape[0] - down) * place[1]
+    box = (left, top, min(left + across, frame.shape[1]), min(top + down, frame.shape[0]))
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
 def on_white(picture: Image.Image) -> np.ndarray:
     """An RGBA picture over white, (H, W, 3)."""
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))

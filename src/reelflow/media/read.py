@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from PIL.GifImagePlugin import GifImageFile
 
 from reelflow.media.comment import MediaError, unpack
 from reelflow.media.picture import on_white, picture_rgb
-from reelflow.media.timeline import Limits, Shown, constant_rate, gather, on_grid, reason
+from reelflow.media.timeline import Limits, Shown, Sieve, constant_rate, gather, on_grid, reason
 
 PICTURE_FPS = 16.0  # of a still, and of a folder of pictures that does not say
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -41,10 +42,42 @@ EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.F
 Media = tuple[np.ndarray, float, dict[str, Any]]
 
 
-def read(path: str | Path, max_frames: int | None = None, start: float = 0.0, limits: Limits | None = None) -> Media:
+@dataclass(frozen=True)
+class Facts:
+    """What a file shows: upright frames of `height` x `width` pixels for `seconds`; 0 of a still."""
+
+    height: int
+    width: int
+    seconds: float
+
+
+def probe(path: str | Path) -> Facts:
+    """What a video or picture shows, from its header and its first frame. Raises `MediaError` as `read` does."""
+    path = Path(path)
+    height, width = read(path, max_frames=1)[0].shape[1:3]
+    with _reading(path):
+        try:
+            with Image.open(path, formats=PICTURE_FORMATS) as picture:
+                shown = _animation(path, picture) if _moves(picture) else ()
+                return Facts(height, width, max((frame.time + frame.duration for frame in shown), default=0.0))
+        except UnidentifiedImageError:
+            pass
+        with _opened(path) as container:
+            stream = container.streams.video[0]
+            finish, tick = _said_end(container, stream), stream.time_base or Fraction(1, 1000)
+            if finish is not None:
+                return Facts(height, width, finish - float((stream.start_time or 0) * tick))
+            packets = [(packet.pts, packet.pts + (packet.duration or 0)) for packet in container.demux(stream) if packet.pts is not None]
+            return Facts(height, width, float((max(end for _, end in packets) - min(begin for begin, _ in packets)) * tick))
+
+
+def read(
+    path: str | Path, max_frames: int | None = None, start: float = 0.0, limits: Limits | None = None, sieve: Sieve | None = None
+) -> Media:
     """Frames (F, H, W, 3), frames per second and metadata of a video, a picture or a folder of pictures.
 
-    Raises `MediaError` for everything that is wrong with the file. `Clip.open` describes the arguments.
+    sieve: bring a video or picture to another rate and size while it is decoded. `Clip.open` describes the other arguments.
+    Raises `MediaError` for everything that is wrong with the file.
     """
     path, limits = Path(path), limits or Limits()
     if max_frames is not None and max_frames < 1:
@@ -59,9 +92,9 @@ def read(path: str | Path, max_frames: int | None = None, start: float = 0.0, li
         try:
             picture = Image.open(path, formats=PICTURE_FORMATS)
         except UnidentifiedImageError:
-            return _read_video(path, max_frames, start, limits)
+            return _read_video(path, max_frames, start, limits, sieve)
         with picture:
-            return _read_picture(path, picture, max_frames, start, limits)
+            return _read_picture(path, picture, max_frames, start, limits, sieve)
 
 
 @contextmanager
@@ -84,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------------- videos
 
 
-def _read_video(path: Path, max_frames: int | None, start: float, limits: Limits) -> Media:
+def _read_video(path: Path, max_frames: int | None, start: float, limits: Limits, sieve: Sieve | None) -> Media:
     with _opened(path) as container:
         stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
         if stream is None:
@@ -94,13 +127,18 @@ def _read_video(path: Path, max_frames: int | None, start: float, limits: Limits
         facts = unpack({key.lower(): value for key, value in container.metadata.items()}.get("comment"))
         rate, tick, finish = (stream.average_rate or Fraction(25), stream.time_base or Fraction(1, 1000), _said_end(container, stream))
         expected = max((finish or 0.0) - start, 0.0)
-        expected = expected if max_frames is None else min(expected, float(max_frames / rate))
-        limits.check(path, stream.height, stream.width, expected * rate, expected)
+        expected = expected if max_frames is None else min(expected, max_frames / (sieve.fps if sieve else float(rate)))
+        limits.check(path, stream.height, stream.width)
+        size = (sieve.height, sieve.width, sieve.fps) if sieve else (stream.height, stream.width, float(rate))
+        limits.check(path, *size[:2], expected * size[2], expected)
         if start and (finish is None or start < finish):
             container.seek(int(start / tick), stream=stream)
         stream.thread_type = "AUTO"
         stream.codec_context.options = {"max_pixels": str(limits.pixels)}
-        pictures, times, end = gather(path, _decoded(container, stream, rate, finish), max_frames, start, limits)
+        shown = _decoded(container, stream, rate, finish)
+        pictures, times, end = gather(path, sieve(path, shown, start) if sieve else shown, max_frames, start, limits)
+    if sieve:
+        return np.stack(pictures), sieve.fps, facts.get("made", {})
     rate = constant_rate(times, end, float(tick), [facts.get("fps"), stream.average_rate])
     frames = on_grid(path, pictures, times, end, rate, max_frames, limits)
     height, width = facts.get("size", frames.shape[1:3])
@@ -178,10 +216,19 @@ def _video_rgb(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------- pictures
 
 
-def _read_picture(path: Path, picture: Image.Image, max_frames: int | None, start: float, limits: Limits) -> Media:
+def _read_picture(
+    path: Path, picture: Image.Image, max_frames: int | None, start: float, limits: Limits, sieve: Sieve | None
+) -> Media:
     limits.check(path, picture.height, picture.width)
-    pictures, times, end = gather(path, _animation(path, picture), max_frames, start, limits)
+    shown = _animation(path, picture)
+    if sieve:  # Pillow has one picture at a time: it is converted before the next one comes
+        converted = (Shown(frame.time, frame.duration, partial(np.asarray, frame.picture())) for frame in shown)
+        shown = sieve(path, converted, start)
+        max_frames = max_frames if _moves(picture) else 1
+    pictures, times, end = gather(path, shown, max_frames, start, limits)
     facts = unpack(picture.info.get("comment"))
+    if sieve:
+        return np.stack(pictures), sieve.fps, facts.get("made", {})
     if not _moves(picture):
         return np.stack(pictures), facts.get("fps", PICTURE_FPS), facts.get("made", {})
     rate = constant_rate(times, end, 0.01, [facts.get("fps")])

@@ -6,11 +6,13 @@ Shapes: F frames of H x W pixels, 3 = red, green, blue; uint8 sRGB. Times are se
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from reelflow.media.comment import MediaError
+from reelflow.media.picture import fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,50 @@ def gather(
         why = f"at or after start={start:g} s: use a smaller start" if start else "in it: make or download it again"
         raise MediaError(f"{path} has no frames {why}")
     return pictures, np.array(times) - times[0], end
+
+
+@dataclass(frozen=True)
+class Sieve:
+    """Another rate and size, made while a file is decoded, so that memory holds the result alone.
+
+    Picture k is the one nearest in time to k / fps after the start, the later one of two as near, as `Clip.resample` has it;
+    `height` x `width` pixels of it are made by `fitted`, at `place`.
+    """
+
+    fps: float
+    height: int
+    width: int
+    place: tuple[float, float] = (0.5, 0.5)
+
+    def __call__(self, path: Path, shown: Iterator[Shown], start: float) -> Iterator[Shown]:
+        """The chosen pictures, scaled. A picture of `shown` is converted only if it is chosen, once the next one has come."""
+        before: Shown | None = None
+        begin, index, shape = start, 0, (0, 0)
+
+        def picture(frame: Shown) -> np.ndarray:
+            nonlocal shape
+            found = frame.picture()
+            shape = shape if any(shape) else found.shape[:2]
+            if found.shape[:2] != shape:
+                height, width = found.shape[:2]
+                raise MediaError(f"{path} changes its size to {width} x {height} at {frame.time:.2f} s: bring all frames to one size")
+            return fitted(found, self.height, self.width, self.place)
+
+        def until(end: float, frame: Shown) -> Iterator[Shown]:
+            nonlocal index
+            made = cache(lambda: picture(frame))
+            while (time := begin + index / self.fps) < end - 1e-6:
+                yield Shown(time, 1 / self.fps, made)
+                index += 1
+
+        for frame in shown:
+            if before is None:
+                begin = max(start, frame.time)
+            else:
+                yield from until((before.time + frame.time) / 2, before)
+            before = frame
+        if before is not None:
+            yield from until(before.time + before.duration, before)
 
 
 def rational(fps: float | Fraction) -> Fraction:
