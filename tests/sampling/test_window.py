@@ -5,6 +5,7 @@ Shapes: B clips, F latent frames, C channels, h × w places.
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -23,6 +24,7 @@ from reelflow.flow.rope import positions
 from reelflow.sampling import Report, Schedule, Settings, certify, sample, stream
 from reelflow.sampling.conditioner import Conditioner, Ring
 from reelflow.sampling.deep import windows
+from reelflow.sampling.replay import Replay
 from reelflow.sampling.schedules import Solver, silent
 
 EXACT = Schedule(tolerance=0.0)
@@ -103,6 +105,37 @@ def test_passes_beyond_the_end_change_nothing(setting: Setting) -> None:
             solver.slide(reader, 6, 22)
     assert torch.equal(solver.tokens(0, 16), wanted)
     assert solver.report.residual == report.residual
+
+
+def test_several_passes_between_two_looks_are_recorded_once_per_frame(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, here: the host looks after every eighth pass, and passes of a key are the first of them again and again."""
+    model, noise, _, both = setting
+    options: Settings = {"window": 3, "context": 2, "schedule": EXACT}
+    wanted, _ = sample(model, noise, both, 2.0, **options)
+    begin, recorded = Solver.begin, dict[Any, Any]()
+
+    def look_seldom(solver: Solver, z_BNC: Tensor) -> None:
+        begin(solver, z_BNC)
+        solver.every = 8
+
+    def replay(self: Replay, key: Any, run: Any) -> None:
+        recorded.setdefault((self, key), run)()
+
+    monkeypatch.setattr(Solver, "begin", look_seldom)
+    monkeypatch.setattr(Replay, "__call__", replay)
+    close(sample(model, noise, both, 2.0, **options)[0], wanted)
+    solvers = {replay for replay, _ in recorded}
+    assert len(solvers) == len(model.config.layers)
+    assert len(recorded) <= (len(solvers) - 1) + 4, "one for a shallow block, one per frame that the deep block's keys end in"
+
+
+@pytest.mark.gpu
+def test_replayed_passes_are_the_passes(setting: Setting, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    model, noise, both = (thing.to(device) for thing in (copy.deepcopy(setting.model), setting.noise, setting.both))
+    found, _ = sample(model, noise, both, 2.0, schedule=EXACT)
+    monkeypatch.setattr(Replay, "__call__", lambda self, key, run: run())
+    close(found, sample(model, noise, both, 2.0, schedule=EXACT)[0], 1e-6)
+    close(found.cpu(), sample(setting.model, setting.noise, setting.both, 2.0, schedule=EXACT)[0], 1e-3)
 
 
 def test_a_pass_with_values_that_are_not_finite_names_block_and_frame(setting: Setting) -> None:
