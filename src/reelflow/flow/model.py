@@ -15,6 +15,7 @@ from reelflow.config import FlowConfig
 from reelflow.flow.affine import Affine, wide
 from reelflow.flow.block import FlowBlock
 from reelflow.flow.denoiser import Denoiser
+from reelflow.flow.parallel import Ranks, share_layers
 from reelflow.flow.rope import Rotary, positions, rotary
 
 
@@ -56,6 +57,7 @@ class StarFlow(nn.Module):
         )
         self.deep_block = FlowBlock(config, config.deep_width, config.layers[-1], text=config.text_dim > 0, reverse=last % 2 == 0)
         self.denoiser = Denoiser(config) if config.denoiser else None
+        self.ranks = Ranks()
 
     @property
     def blocks(self) -> list[FlowBlock]:
@@ -140,6 +142,12 @@ class StarFlow(nn.Module):
         tokens = (to_tokens(x_BChw[:, None])[:, 0] for x_BChw in frames)
         for found in self.denoiser.stream(tokens, table, text_BLE):
             yield from_tokens(found[:, None], *size)[:, 0]
+
+    def share(self, ranks: Ranks) -> StarFlow:
+        """Be one model of several processes from now on, each of which keeps its share of the deep block (see `flow.parallel`)."""
+        share_layers(self.deep_block.layers, ranks)
+        self.ranks = ranks
+        return self
 
     def set_precision(self, dtype: torch.dtype) -> StarFlow:
         """Run the transformer layers' products in `dtype`; in and out projections, norms, residual and affine stay float32."""
