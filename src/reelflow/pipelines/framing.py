@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log, sqrt
 
 from reelflow.adapters.vae import Codec
 from reelflow.clip import Clip
 from reelflow.config import ModelConfig
+from reelflow.media.aspect import ASPECTS, SMALLEST, aspects, frame_size, nearest_aspect
 from reelflow.pipelines.base import check_length, say
-
-ASPECTS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
-SMALLEST = 16
-"""Pixels: a side shorter than this shows nothing a model could continue."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +24,11 @@ class Framing:
             raise ValueError(f"aspect {aspect!r}: {self.about.name} makes square clips only; use 1:1")
         if aspect not in ASPECTS:
             raise ValueError(f"aspect {aspect!r} is not one of {', '.join(ASPECTS)}")
-        across, down = map(int, aspect.split(":"))
-        ratio, unit = sqrt(across / down), self.codec.spatial_factor
-        height, width = round(self.about.size / ratio / unit) * unit, round(self.about.size * ratio / unit) * unit
-        return height, width
+        return frame_size(self.about.size, aspect, self.codec.spatial_factor)
 
     def nearest_aspect(self, height: float, width: float) -> str:
         """The model's aspect nearest to a picture's."""
-        usable = ASPECTS if self.about.prompt.aspect else ("1:1",)
-
-        def distance(aspect: str) -> float:
-            across, down = map(int, aspect.split(":"))
-            return abs(log(across / down * height / width))
-
-        return min(usable, key=distance)
+        return nearest_aspect(height, width, aspects(self.about.prompt.aspect))
 
     def length(self, seconds: float | None, frames: int | None) -> int:
         """Frames of a clip: as asked, or the nearest to `seconds` that the codec takes, or the trained length."""
