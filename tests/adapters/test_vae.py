@@ -92,6 +92,16 @@ def test_sampling_adds_noise_that_is_not_divided_by_the_latents_std(video: Video
     torch.testing.assert_close(added, expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_posterior_is_what_encode_samples_from(video: VideoCodec) -> None:
+    frames = clip()
+    wanted_mean, wanted_std = posterior(video.vae, frames)
+    shift, scale = statistics(video.vae)
+    mean, std = video.posterior(frames)
+    torch.testing.assert_close(mean, (wanted_mean - shift) / scale, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(std, wanted_std, atol=1e-5, rtol=1e-5)
+
+
 def test_the_same_seed_gives_a_clip_and_its_beginning_the_same_noise(video: VideoCodec) -> None:
     frames = clip(9, batch=1)
     whole, beginning = (video.encode(part, torch.Generator().manual_seed(6)) for part in (frames, frames[:, :5]))

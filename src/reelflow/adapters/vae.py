@@ -83,25 +83,39 @@ class Codec(ABC):
         Raises:
             ValueError: not uint8 frames, or a size the codec cannot take.
         """
+        latents = []
+        for index, (mean, std) in enumerate(self._moments(frames_BFHW3)):
+            if generator is not None:
+                noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+                mean = mean + std * noise
+            latents.append(mean * (self.latent_scale if index else 1))
+        return torch.stack(latents, 1)
+
+    @torch.no_grad()
+    def posterior(self, frames_BFHW3: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` samples from: standardised mean and standard deviation, float32 (B, f, C, h, w) each.
+
+        Without the latent scale: `encode` gives mean + std · ε, and then the scale.
+        """
+        means, stds = zip(*self._moments(frames_BFHW3), strict=True)
+        return torch.stack(means, 1), torch.stack(stds, 1)
+
+    def _moments(self, frames_BFHW3: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Standardised mean and standard deviation of one latent frame after the other."""
         if frames_BFHW3.dtype != torch.uint8 or frames_BFHW3.ndim != 5 or frames_BFHW3.shape[-1] != 3:
             raise ValueError(f"frames are {frames_BFHW3.dtype} {tuple(frames_BFHW3.shape)}; expected uint8 (B, F, H, W, 3)")
-        count = self.latent_shape(*frames_BFHW3.shape[1:4])[0]
-        encoder, latents = self._encoder(), []
-        for index in range(count):
+        encoder = self._encoder()
+        for index in range(self.latent_shape(*frames_BFHW3.shape[1:4])[0]):
             start = 1 + (index - 1) * self.temporal_factor if index else 0
             end = 1 + index * self.temporal_factor
             pixels = frames_BFHW3[:, start:end].to(self.vae.device).permute(0, 4, 1, 2, 3)
-            moments = encoder((pixels.float() / 127.5 - 1).to(self.vae.dtype))
-            latents.append(self._standardised(moments[:, :, 0].float(), index, generator))
-        return torch.stack(latents, 1)
+            moments = encoder((pixels.float() / 127.5 - 1).to(self.vae.dtype))[:, :, 0].float()
+            yield self.standardised(*moments.chunk(2, dim=1))
 
-    def _standardised(self, moments_B2Chw: Tensor, index: int, generator: torch.Generator | None) -> Tensor:
-        mean, logvar = moments_B2Chw.chunk(2, dim=1)
-        latent = (mean - self.mean_C11.to(mean.device)) / self.std_C11.to(mean.device)
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
-            latent = latent + self.noise_scale * torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
-        return latent * (self.latent_scale if index else 1)
+    def standardised(self, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, as `posterior` gives them, of the VAE's own mean and log-variance (…, C, h, w)."""
+        mean = (mean - self.mean_C11.to(mean.device)) / self.std_C11.to(mean.device)
+        return mean, self.noise_scale * torch.exp(0.5 * logvar.clamp(-30, 20))
 
     @torch.no_grad()
     def decode_frames(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
