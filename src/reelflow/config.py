@@ -137,7 +137,7 @@ class PromptConfig(Strict):
 class ModelConfig(Strict):
     """A model folder: what its parts are and what it was trained for."""
 
-    family: Literal["starflow-v", "starflow"]
+    family: Literal["starflow-v", "starflow", "svd"]
     name: str
     revision: str = "1"
     licence: str = "unknown"
