@@ -117,21 +117,25 @@ class Codec(ABC):
         mean = (mean - self.mean_C11.to(mean.device)) / self.std_C11.to(mean.device)
         return mean, self.noise_scale * torch.exp(0.5 * logvar.clamp(-30, 20))
 
-    @torch.no_grad()
     def decode_frames(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode latent frames (B, C, h, w) as they come: yields uint8 (B, n, H, W, 3) on CPU, n = 1 and then `temporal_factor`.
 
         Raises:
             ValueError: latents of another shape.
         """
+        for pixels in self.decode_pixels(latents):
+            yield (pixels * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `decode_frames`, but float32 (B, 3, n, H, W) from 0 to 2, on the codec's device, not through 8 bits."""
         decoder = self._decoder()
         for index, latent in enumerate(latents):
             if latent.ndim != 4 or latent.shape[1] != self.channels:
                 raise ValueError(f"a latent frame is {tuple(latent.shape)}; expected (B, {self.channels}, h, w)")
             latent = latent.to(self.vae.device).float() / (self.latent_scale if index else 1)
             latent = latent * self.std_C11.to(latent.device) + self.mean_C11.to(latent.device)
-            pixels = decoder(latent[:, :, None].to(self.vae.dtype)).float()
-            yield ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+            yield decoder(latent[:, :, None].to(self.vae.dtype)).float().clamp(-1, 1) + 1
 
     def decode(self, latents_BfChw: Tensor) -> Tensor:
         """uint8 frames (B, F, H, W, 3), on CPU, of latents (B, f, C, h, w); undoes the scaling of `encode` exactly."""
