@@ -9,53 +9,20 @@ Shapes: B clips of a branch, n tokens of a pass, C latent channels.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reelflow.config import FlowConfig
 from reelflow.flow.affine import Affine, wide
 
 if TYPE_CHECKING:
     from reelflow.flow.attention import Attention
-
-STARTED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-"""What torchrun tells every process."""
-
-
-def own_device(asked: str | torch.device) -> str | torch.device:
-    """The device of this process: as asked, but under torchrun `cuda` is the GPU of the process's own number.
-
-    Raises ValueError for one that all the processes of a machine would share, and for more processes than GPUs.
-    """
-    kind = str(asked).partition(":")[0]
-    if not os.environ.keys() >= STARTED or kind == "cpu":
-        return asked
-    if str(asked) != "cuda":
-        raise ValueError(f"device {str(asked)!r} is one for all processes of torchrun; give cuda (each takes its own GPU) or cpu")
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if gpus and local >= gpus:
-        raise ValueError(f"more processes than the {gpus} GPUs of this machine; start torchrun with --nproc-per-node {gpus}, or use cpu")
-    return f"cuda:{local}"
-
-
-def join(device: str | torch.device) -> None:
-    """Under torchrun, meet the other processes: over NCCL where `device` is a GPU, else over gloo. Once is enough."""
-    device = torch.device(device)
-    if not os.environ.keys() >= STARTED or dist.is_initialized():
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    else:
-        dist.init_process_group("gloo")
 
 
 @dataclass(frozen=True)
@@ -66,22 +33,6 @@ class Ranks:
     tensor: int = 1
     rank: int = 0
     device: str | torch.device = "cpu"
-
-    @classmethod
-    def of(cls, config: FlowConfig, device: str | torch.device) -> Ranks:
-        """The grid for all processes that have joined. Raises ValueError for a number that cannot share the model."""
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        if size == 1:
-            return cls()
-        heads = config.num_heads or config.deep_width // config.head_dim
-        branches = 2 if config.text_tokens else 1  # without text there is no guidance
-        most = gcd(heads, config.num_kv_heads or heads, 4 * config.deep_width)
-        fitting = sorted({1, *(branches * tensor for tensor in range(1, most + 1) if most % tensor == 0)})
-        if size not in fitting:
-            words = f"{heads} heads" + (f" and {config.num_kv_heads} key heads" if config.num_kv_heads else "")
-            counts = " or ".join(filter(None, (", ".join(map(str, fitting[:-1])), str(fitting[-1]))))
-            raise ValueError(f"{size} processes cannot share a deep block of {words}; start torchrun with {counts} in all")
-        return cls(branches, size // branches, dist.get_rank(), device)
 
     @property
     def size(self) -> int:
@@ -104,8 +55,8 @@ class Ranks:
         return int(seeds[0])
 
     def part(self, rows: int) -> slice:
-        """This rank's share of so many independent rows; may be empty."""
-        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+        """This rank's share of so many independent rows; the last ones may have none."""
+        return slice(-(-rows * self.rank // self.size), -(-rows * (self.rank + 1) // self.size))
 
     def whole(self, part: Tensor, rows: int) -> Tensor:
         """All rows from every rank's `part` of them."""

@@ -10,6 +10,9 @@ from reelflow.pipelines.base import Device, Encoding, Pipeline, Precision, Score
 def load(source: str | Path, device: Device | None = None, precision: Precision = "float32") -> Pipeline:
     """Load a model: a packaged name ("mini"), a model folder, a reference checkpoint file, or a Hugging Face id.
 
+    Under torchrun all processes load one model together, and make every clip together: each makes the same calls and gets the
+    same results, "cuda" is the GPU of its own number.
+
     Args:
         device: "cpu", "cuda", …; by default a GPU if there is one.
         precision: of the transformer layers' products; what moves the flow's values stays float32.
@@ -18,19 +21,24 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
         ValueError: unknown model, missing or unfitting files, a family that is not here.
     """
     from reelflow.adapters.hub import resolve
+    from reelflow.adapters.torchrun import join
     from reelflow.pipelines.starflow import StarFlowPipeline
 
     place = resolve(source)
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision {precision!r} is not one of float32, bfloat16")
-    return StarFlowPipeline.load(place, _device(device), precision)
+    device = _device(device)
+    join(device)
+    return StarFlowPipeline.load(place, device, precision)
 
 
 def _device(asked: Device | None) -> Device:
     """The device asked for, or a GPU if there is one. Raises ValueError where PyTorch cannot use it."""
     import torch
 
-    found = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    from reelflow.adapters.torchrun import own_device
+
+    found = own_device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.empty(0, device=found).device
     except (RuntimeError, AssertionError) as error:  # its wording for what this build or this machine lacks

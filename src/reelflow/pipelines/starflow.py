@@ -34,6 +34,7 @@ from reelflow.pipelines.base import (
     check_length,
     new_seed,
     picture,
+    say,
     silent,
     spoken,
 )
@@ -111,6 +112,7 @@ class StarFlowPipeline(Pipeline):
         for prompt in prompts:
             spoken(prompt, "generate")
         length = self.framing.length(seconds, frames)
+        seeds = [self._agree(seed, (prompts, length, aspect, sampling)) for seed in seeds]
         shape = self.codec.latent_shape(length, *self.framing.frame_size(aspect))
         noise = torch.stack([self._noise(seed, shape) for seed in seeds])
         latents, used = self._sample(prompts, noise, None, sampling, progress, aspect=aspect)
@@ -123,7 +125,8 @@ class StarFlowPipeline(Pipeline):
     ) -> Clip:  # fmt: skip
         """Picture (and text) → video that begins with it. The picture is centre-cropped to the nearest aspect of the model."""
         self.require("animate")
-        seed, length = new_seed(seed), self.framing.length(seconds, frames)
+        length = self.framing.length(seconds, frames)
+        seed = self._agree(new_seed(seed), (prompt, length, sampling))
         first, aspect = self.framing.fit(picture(image))
         shape = self.codec.latent_shape(length, first.height, first.width)
         given = self._latents(first)
@@ -137,8 +140,8 @@ class StarFlowPipeline(Pipeline):
         """Video and instruction → video of the same length (at most the trained one; the rest is left out, and said so)."""
         self.require("edit")
         spoken(prompt, "edit")
-        seed = new_seed(seed)
         source, aspect = self.framing.source(clip, self.about.frames)
+        seed = self._agree(new_seed(seed), (prompt, len(source), sampling))
         given = self._latents(source)
         noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, (given.shape[1], *given.shape[3:]))))[None]
         both, used = self._sample(
@@ -155,9 +158,9 @@ class StarFlowPipeline(Pipeline):
         size and rate); the model reads as many of the last ones as its context holds.
         """
         self.require("extend")
-        seed = new_seed(seed)
         step = self.codec.temporal_factor
         source, aspect = self.framing.source(clip, None)
+        seed = self._agree(new_seed(seed), (prompt, len(source), seconds, sampling))
         check_length(seconds, None)
         wanted = round(seconds * self.about.fps)
         if wanted <= len(source):
@@ -238,10 +241,11 @@ class StarFlowPipeline(Pipeline):
             ValueError: also for a model that cannot stream, with the reason.
         """
         self.require("generate")
-        began, length, seed = time.perf_counter(), self.framing.length(seconds, frames), new_seed(seed)
+        began, length = time.perf_counter(), self.framing.length(seconds, frames)
         said = [(0.0, prompt)] if prompts is None else list(prompts)
         if not said or said[0][0] != 0 or [at for at, _ in said] != sorted({at for at, _ in said}):
             raise ValueError(f"prompts at {[at for at, _ in said]} seconds: the first has to be at 0, each later than the one before")
+        seed = self._agree(new_seed(seed), (said, length, aspect, sampling))
         noise = self._noise(seed, self.codec.latent_shape(length, *self.framing.frame_size(aspect)))[None]
         guidance = self.prompting.guidance(sampling.guidance)
         parts = [(self._latent_frame(at), [spoken(text, "generate")]) for at, text in said]
@@ -258,6 +262,12 @@ class StarFlowPipeline(Pipeline):
         for pixels in self.codec.decode_frames(found):
             first = first or round(time.perf_counter() - began, 3)
             yield Clip(pixels[0].numpy(), self.about.fps, made | {"seconds": {"first_frame": first}})
+
+    def _agree(self, seed: int, request: tuple[Any, ...]) -> int:
+        """The seed of the first process, where several make a clip together (see `flow.parallel`)."""
+        if self.flow.ranks.branches > 1 and self.prompting.guidance(request[-1].guidance) == 0:
+            say("without guidance one half of the processes only repeats what the other does")
+        return self.flow.ranks.agree(seed, request)
 
     def _latent_frame(self, seconds: float) -> int:
         """The first latent frame that begins at that time or later."""
@@ -323,11 +333,12 @@ class StarFlowPipeline(Pipeline):
     def load(cls, source: Path, device: Device, precision: Precision) -> Self:
         """Load a model folder, or a reference checkpoint file as it is (its codec and T5 from beside it or Hugging Face).
 
-        Raises ValueError naming what is missing or does not fit.
+        Raises ValueError naming what is missing or does not fit, or where the processes that run together cannot share the model.
         """
         from reelflow.adapters.checkpoint import load_into, read_weights
         from reelflow.adapters.convert import open_checkpoint
         from reelflow.adapters.hub import part_folder
+        from reelflow.adapters.torchrun import ranks
 
         folder = source if source.is_dir() else source.parent
         weights: Mapping[str, Tensor]
@@ -339,7 +350,9 @@ class StarFlowPipeline(Pipeline):
             about, config, weights = open_checkpoint(source)
         with torch.device("meta"):
             flow = StarFlow(config).set_precision(getattr(torch, precision))
+        together = ranks(config, device)
         load_into(flow, weights, device, "declared")
+        flow.share(together)
         codec = load_codec(part_folder(folder, "vae", about.parts), about.latent_scale, device)
         text = None
         if config.text_tokens:

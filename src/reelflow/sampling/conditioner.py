@@ -116,7 +116,7 @@ class Ring(Conditioner):
         self.unturned[:, :, : self.text] = self.cache.keys[:, :, : self.text]
 
     def __call__(self, inputs_BnC: Tensor, place_Bn: Tensor, used: int) -> Affine:
-        self._turn(place_Bn[:, :1] - self.block.first)
+        self._turn(place_Bn[:, :1])
         return super().__call__(inputs_BnC, place_Bn, used)
 
     def slots(self, place_Bn: Tensor, used: int) -> tuple[Tensor, Tensor]:

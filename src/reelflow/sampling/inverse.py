@@ -68,28 +68,29 @@ def stream(
 
 
 class Shallow:
-    """The shallow blocks from last to first; every frame is a sequence of its own. For as many frames at a time as it is made
-    for, again and again.
+    """The shallow blocks from last to first; every frame is a sequence of its own, and ranks share them out. For as many frames
+    at a time as it is made for, again and again.
     """
 
     def __init__(self, model: StarFlow, frames: int, size: tuple[int, int], schedule: Schedule, progress: Progress):
-        self.stride = size[0] * size[1]
-        nothing = model.deep_block.proj_in.weight.new_zeros(frames, self.stride, model.config.channels)
+        self.stride, self.ranks, self.frames = size[0] * size[1], model.ranks, frames
+        nothing = model.deep_block.proj_in.weight.new_zeros(frames, self.stride, model.config.channels)[self.ranks.part(frames)]
+        tell: Progress = lambda tokens: progress(round(tokens * frames / len(nothing)))  # noqa: E731 - the other ranks' too
         self.steps = []
-        for index, block in reversed([*enumerate(model.blocks[:-1])]):
-            solver = Solver(f"shallow block {index}", block, nothing, self.stride, schedule, progress)
-            self.steps.append((solver, Conditioner(model, block, frames, size, self.stride + solver.window)))
+        for index, block in reversed([*enumerate(model.blocks[:-1])] if len(nothing) else []):
+            solver = Solver(f"shallow block {index}", block, nothing, self.stride, schedule, tell)
+            self.steps.append((solver, Conditioner(model, block, len(nothing), size, self.stride + solver.window)))
 
     @property
     def report(self) -> Report:
-        """Of all frames so far."""
+        """Of all frames so far, on this rank."""
         return sum((solver.report for solver, _ in self.steps), Report())
 
     def __call__(self, u_BFSC: Tensor) -> Tensor:
         """Tokens of the latents, (B, F, S, C), from those of the deep block; B · F frames."""
-        x_BFSC = u_BFSC
+        x = u_BFSC.flatten(0, 1)[self.ranks.part(self.frames), None]
         for solver, conditioner in self.steps:
-            solver.begin(order(x_BFSC, solver.block).flatten(0, 1))
+            solver.begin(order(x, solver.block)[:, 0])
             solver.solve(conditioner, 0, self.stride, self.stride)
-            x_BFSC = order(solver.tokens(0, self.stride).unflatten(0, u_BFSC.shape[:2]), solver.block)
-        return x_BFSC
+            x = order(solver.tokens(0, self.stride)[:, None], solver.block)
+        return self.ranks.whole(x[:, 0], self.frames).unflatten(0, u_BFSC.shape[:2])
