@@ -10,11 +10,20 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 PACKAGED = Path(__file__).parent.parent / "weights"
 FILES = ("*.safetensors", "*.json", "spiece.model", "tokenizer.model", "*.txt")
 """What is fetched: safetensors, configurations, tokenizers. Never a pickle."""
 
+NAMES = {
+    "svd": "stabilityai/stable-video-diffusion-img2vid",
+    "svd-xt": "stabilityai/stable-video-diffusion-img2vid-xt",
+    "svd-xt-1.1": "stabilityai/stable-video-diffusion-img2vid-xt-1-1",
+}
+"""Short names of models that are fetched."""
+_ORIGINAL = ("svd*.safetensors",)
+_FULL, _HALF = ("*/diffusion_pytorch_model.safetensors", "*/model.safetensors"), ("*.fp16.safetensors",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _LICENCES = (
@@ -38,8 +47,11 @@ def packaged() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in PACKAGED.glob("*/config.json")))
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, half: bool = False) -> Path:
     """Find a model: a packaged name, a local folder, a checkpoint file, or a Hugging Face id `org/name` (fetched if needed).
+
+    Args:
+        half: weights in half precision are enough, where a repository has both.
 
     Returns:
         The folder of the model, or the checkpoint file.
@@ -53,16 +65,19 @@ def resolve(name_or_path: str | Path) -> Path:
     path = Path(name).expanduser()
     if name and path.exists():
         return path
-    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
-        return fetch(name)
+    if isinstance(name_or_path, str) and (name in NAMES or _HUB_ID.fullmatch(name)):
+        return fetch(NAMES.get(name, name), half)
     known = ", ".join(packaged()) or "none"
     raise ValueError(
-        f"{name!r}: unknown model; give a packaged name ({known}), an existing folder or checkpoint file, or a Hugging Face id org/name"
+        f"{name!r}: unknown model; give a packaged name ({known}), one that is fetched ({', '.join(NAMES)}), an existing folder or "
+        "checkpoint file, or a Hugging Face id org/name"
     )
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, half: bool = False) -> Path:
     """Folder of a Hugging Face repository, `org/name` or `org/name:subfolder`, downloaded or from the cache.
+
+    Of Stable Video Diffusion, whose weights are there four times, once: in full precision, or with `half` in half.
 
     Raises:
         ValueError: it is not there, needs permission, the network is not reachable, or it holds only pickled checkpoints.
@@ -73,8 +88,9 @@ def fetch(source: str) -> Path:
     if fnmatch(name.lower(), "apple/*starflow*"):
         raise ValueError(f"{name}: holds reference checkpoints (.pth); download the file and run: reelflow models convert FILE.pth")
     patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in FILES]
+    twice: dict[str, Any] = {"ignore_patterns": [*_ORIGINAL, *(_FULL if half else _HALF)]} if name.lower().startswith(NAMES["svd"]) else {}
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns)) / subfolder
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **twice)) / subfolder
     except Exception as error:  # the library's errors share no base class: HTTP, offline, cache, validation
         reason = type(error).__name__
         raise ValueError(f"{source}: cannot be fetched from Hugging Face ({reason}); check name, network and access rights") from error

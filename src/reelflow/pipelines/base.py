@@ -6,10 +6,10 @@ import json
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -118,7 +118,22 @@ class Pipeline:
     }  # fmt: skip
     """Task → a family that can do it."""
 
+    options: ClassVar[frozenset[str]] = frozenset("guidance sampler tolerance denoise ring certify stream".split())
+    """What of the command line's sampling options it knows; those of a flow."""
+
     about: ModelConfig
+
+    @classmethod
+    def load(cls, source: Path, device: Device, precision: Precision) -> Self:
+        """Load a model folder or checkpoint file."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_options(cls, asked: Iterable[str], model: str) -> None:
+        """Raise ValueError for a sampling option of another family."""
+        for name in asked:
+            if name not in cls.options:
+                raise ValueError(f"{model} does not know --{name}; it knows --{', --'.join(sorted(cls.options))}")
 
     def generate(self, *args: Any, **options: Any) -> Clip:
         """`(prompt, …)`: text → video."""

@@ -1,0 +1,202 @@
+"""The blocks of Stable Video Diffusion, rearranged: diffusers' numbers up to rounding, from less work and memory.
+
+Built from loaded diffusers modules; what a block does not change it shares with them. Against diffusers' own forward:
+
+- Cross-attention has one key, so its softmax is 1: a constant per clip (`Given.context`), added, not attended to.
+- `α·spatial + (1 − α)·temporal` is `spatial + (1 − α)·h` where the temporal block is `spatial + h`: 1 − α is in its weights.
+- Temporal convolutions are 2-D, (3, 1) over (frames, places); the time embedding is part of a convolution's bias (`Given.biases`).
+- Nearest ×2 and 3 × 3 convolution are four 2 × 2 convolutions before the enlargement (4/9 of the products).
+- Activations are channels-last throughout: tokens are a view. Work goes piece by piece, so that what lies between two
+  matrix products is small; sums over all of a clip (group norms over time) are gathered first.
+
+Shapes: R rows (clips, or two per clip under guidance), F frames, N = R·F, C channels, H × W places, S = H·W, k heads of d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 32
+CPU_PIECE, PIECE = 4 * 2**20, 2**30
+"""Bytes of the largest tensor between two products: on a CPU what its cache holds, elsewhere what memory can spare."""
+
+
+class Given(NamedTuple):
+    """What all blocks read in one pass."""
+
+    frames: int
+    biases: Tensor
+    """(sum of channels,): convolution biases with the embedding of time, fps, motion and noise in them."""
+    context: Tensor
+    """(R, sum of channels): what cross-attention adds, its output's bias included."""
+    positions: Tensor
+    """(F, sum of channels): embeddings of the frames' places in time."""
+    eps: float | None = None
+    """Of the group norms in residual blocks; None: each as it was built."""
+
+
+class Columns:
+    """Hands out places in a table."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def take(self, count: int) -> slice:
+        self.total += count
+        return slice(self.total - count, self.total)
+
+
+def step_of(x: Tensor, values: int) -> int:
+    """How many rows of `values` values fit into one piece."""
+    return max(1, (CPU_PIECE if x.device.type == "cpu" else PIECE) // (values * x.element_size()))
+
+
+def channels_last(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False)
+
+
+def group_norm(x_NCHW: Tensor, norm: nn.GroupNorm, eps: float | None = None) -> Tensor:
+    return F.group_norm(x_NCHW, GROUPS, norm.weight, norm.bias, norm.eps if eps is None else eps)
+
+
+def tokens(x_NCHW: Tensor) -> Tensor:
+    """(N, S, C), a view."""
+    return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Convolution(nn.Module):
+    """A convolution with channels-last weights; `bias` replaces its own. Its 3-D kernels (3, 1, 1) become (3, 1)."""
+
+    def __init__(self, conv: Any, scale: float = 1.0):
+        super().__init__()
+        weight = conv.weight.detach() * scale if scale != 1 else conv.weight.detach()
+        self.weight = channels_last(weight.squeeze(-1) if weight.ndim == 5 else weight)
+        self.bias = nn.Parameter(conv.bias.detach() * scale, requires_grad=False)
+        self.stride, self.padding = conv.stride[:2], conv.padding[:2]
+
+    def forward(self, x_NCHW: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x_NCHW, self.weight, self.bias if bias is None else bias, self.stride, self.padding)
+
+
+class Upsample(nn.Module):
+    """Nearest ×2 and a 3 × 3 convolution.
+
+    An even row of the result sees the row above its source and the source, an odd one the source and the row below: kernels
+    (w₀, w₁ + w₂) and (w₀ + w₁, w₂); likewise in columns. All four are computed as channels of one 2 × 2 convolution, on one
+    place more in each direction, and interleaved.
+    """
+
+    def __init__(self, upsampler: Any):
+        super().__init__()
+        weight = upsampler.conv.weight.detach().double()
+
+        def halves(w: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+            first, middle, last = w.unbind(axis)
+            return torch.stack((first, middle + last), axis), torch.stack((first + middle, last), axis)
+
+        kernels = [columns for rows in halves(weight, 2) for columns in halves(rows, 3)]
+        self.weight = channels_last(torch.cat(kernels).to(upsampler.conv.weight.dtype))
+        self.bias = upsampler.conv.bias.requires_grad_(False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        count, height, width = x_NCHW.shape[0], *x_NCHW.shape[2:]
+        four = F.conv2d(x_NCHW, self.weight, self.bias.repeat(4), padding=1).unflatten(1, (4, -1))
+        out = four.new_empty(count, 2 * height, 2 * width, four.shape[2]).permute(0, 3, 1, 2)
+        for phase in range(4):
+            row, column = divmod(phase, 2)
+            out[:, :, row::2, column::2] = four[:, phase, :, row : row + height, column : column + width]
+        return out
+
+
+class Residual(nn.Module):
+    """A spatial residual block, and, where the source is a `SpatioTemporalResBlock`, a temporal one after it."""
+
+    def __init__(self, block: Any, columns: Columns | None = None):
+        super().__init__()
+        spatial = getattr(block, "spatial_res_block", block)
+        self.norm1, self.norm2 = spatial.norm1, spatial.norm2
+        self.conv1, self.conv2 = Convolution(spatial.conv1), Convolution(spatial.conv2)
+        self.shortcut = Convolution(spatial.conv_shortcut) if spatial.conv_shortcut is not None else None
+        temporal: Any = getattr(block, "temporal_res_block", None)
+        self.timed = temporal is not None
+        if self.timed:
+            mixer = block.time_mixer
+            share = torch.sigmoid(mixer.mix_factor.detach().double())
+            self.time_norm1, self.time_norm2 = temporal.norm1, temporal.norm2
+            self.time_conv1 = Convolution(temporal.conv1)
+            self.time_conv2 = Convolution(temporal.conv2, float(share if mixer.switch_spatial_to_temporal_mix else 1 - share))
+        self.projections: Any = nn.ModuleList()
+        if columns is not None:
+            both = spatial.time_emb_proj, temporal.time_emb_proj
+            self.projections.extend(both)
+            self.places = tuple(columns.take(projection.out_features) for projection in both)
+
+    def biases(self, silu_embedding: Tensor) -> list[Tensor]:
+        """Biases of the two first convolutions, (…, C) each, of embeddings (…, T) after their SiLU."""
+        convolutions = (self.conv1, self.time_conv1)
+        return [
+            projection(silu_embedding) + convolution.bias
+            for projection, convolution in zip(self.projections, convolutions, strict=True)
+        ]
+
+    def forward(self, x_NCHW: Tensor, given: Given) -> Tensor:
+        spatial, temporal = (given.biases[place] for place in self.places)
+        step = step_of(x_NCHW, x_NCHW[0].numel())
+        pieces = [self.spatial(piece, spatial, given.eps) for piece in x_NCHW.split(step)]
+        x_NCHW = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        self.temporal_(x_NCHW, given.frames, temporal, given.eps)
+        return x_NCHW
+
+    def spatial(self, x_NCHW: Tensor, bias: Tensor | None = None, eps: float | None = None) -> Tensor:
+        h = self.conv1(F.silu(group_norm(x_NCHW, self.norm1, eps), inplace=True), bias)
+        h = self.conv2(F.silu(group_norm(h, self.norm2, eps), inplace=True))
+        return h.add_(x_NCHW if self.shortcut is None else self.shortcut(x_NCHW))
+
+    def temporal_(self, x_NCHW: Tensor, frames: int, bias: Tensor | None = None, eps: float | None = None) -> None:
+        """Add the temporal block to `x`, in place."""
+        if not self.timed:
+            return
+        x_RCFS = x_NCHW.permute(0, 2, 3, 1).unflatten(0, (-1, frames)).flatten(2, 3).permute(0, 3, 1, 2)
+        step = step_of(x_RCFS, x_RCFS[..., 0].numel())
+        if step >= x_RCFS.shape[3]:
+            h_RCFS = self.time_conv1(F.silu(group_norm(x_RCFS, self.time_norm1, eps), inplace=True), bias)
+            x_RCFS.add_(self.time_conv2(F.silu(group_norm(h_RCFS, self.time_norm2, eps), inplace=True)))
+            return
+        h_RCFS = torch.empty_like(x_RCFS)
+        for h, piece in zip(h_RCFS.split(step, 3), _normed(x_RCFS, step, self.time_norm1, eps), strict=True):
+            h.copy_(self.time_conv1(piece, bias))
+        for x, piece in zip(x_RCFS.split(step, 3), _normed(h_RCFS, step, self.time_norm2, eps), strict=True):
+            x.add_(self.time_conv2(piece))
+
+
+def _normed(x_RCFS: Tensor, step: int, norm: nn.GroupNorm, eps: float | None) -> Iterator[Tensor]:
+    """SiLU of a group norm, `step` places at a time; its moments are those of the whole."""
+    scale, shift = _affine(x_RCFS, step, norm, norm.eps if eps is None else eps)
+    for piece in x_RCFS.split(step, 3):
+        yield F.silu(torch.addcmul(shift, piece, scale), inplace=True)
+
+
+def _affine(x_RCFS: Tensor, step: int, norm: nn.GroupNorm, eps: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift (R, C, 1, 1) that a group norm comes to. Moments about each channel's first value: no cancellation."""
+    origin = x_RCFS[:, :, :1, :1]
+    first = second = torch.zeros_like(origin[:, :, 0, 0], dtype=torch.float32)
+    for piece in x_RCFS.split(step, 3):
+        moved = (piece - origin).float()
+        first, second = first + moved.sum((2, 3)), second + moved.square_().sum((2, 3))
+    count = x_RCFS[0, 0].numel()
+    first, second = first / count, second / count
+    mean_RGc = (first + origin[:, :, 0, 0].float()).unflatten(1, (GROUPS, -1))
+    mean_RG1 = mean_RGc.mean(2, keepdim=True)
+    spread = (second - first.square()).unflatten(1, (GROUPS, -1)) + (mean_RGc - mean_RG1).square()
+    rate = torch.rsqrt(spread.mean(2, keepdim=True) + eps).expand_as(mean_RGc).flatten(1)
+    scale = rate * norm.weight.float()
+    shift = norm.bias.float() - mean_RG1.expand_as(mean_RGc).flatten(1) * scale
+    return scale[:, :, None, None].to(x_RCFS.dtype), shift[:, :, None, None].to(x_RCFS.dtype)
+
+
+__all__ = ["Columns", "Convolution", "Given", "Residual", "Upsample"]
