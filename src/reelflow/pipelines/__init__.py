@@ -22,14 +22,28 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
     """
     from reelflow.adapters.hub import resolve
     from reelflow.adapters.torchrun import join
-    from reelflow.pipelines.starflow import StarFlowPipeline
 
-    place = resolve(source)
+    place = resolve(source, half=precision != "float32")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision {precision!r} is not one of float32, bfloat16")
     device = _device(device)
     join(device)
-    return StarFlowPipeline.load(place, device, precision)
+    return _kind(place).load(place, device, precision)
+
+
+def kind(source: str | Path, precision: Precision = "float32") -> type[Pipeline]:
+    """The class of the pipeline that `load` would give; at most fetched, not loaded. Raises ValueError for an unknown model."""
+    from reelflow.adapters.hub import resolve
+
+    return _kind(resolve(source, half=precision != "float32"))
+
+
+def _kind(place: Path) -> type[Pipeline]:
+    from reelflow.adapters.svd import is_svd
+    from reelflow.pipelines.starflow import StarFlowPipeline
+    from reelflow.pipelines.svd import SvdPipeline
+
+    return SvdPipeline if is_svd(place) else StarFlowPipeline
 
 
 def _device(asked: Device | None) -> Device:
@@ -49,4 +63,4 @@ def _device(asked: Device | None) -> Device:
     return device
 
 
-__all__ = ["Encoding", "Pipeline", "Score", "load"]
+__all__ = ["Encoding", "Pipeline", "Score", "kind", "load"]
