@@ -23,12 +23,17 @@ def train(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", rich_help_panel=OUTPUT, help="For checkpoint, log and model. \\[default: runs/NAME of the file]"),
+        typer.Option(metavar="FOLDER", rich_help_panel=OUTPUT, help="For checkpoints, log and model. \\[default: runs/NAME of the file]"),
     ] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Train no further: write the model of the folder's latest checkpoint.")
+    ] = False,
 ) -> None:
-    """Train a model. A folder with a checkpoint is resumed where it stopped.
+    """Train a model, or adapters of one. A folder with a checkpoint is resumed where it stopped, also after it was killed.
 
     reelflow train examples/mini.yaml lr=1e-4 --folder runs/first
+
+    Several GPUs or machines: torchrun --nproc-per-node 8 -m reelflow train …
     """
     from reelflow.training.config import TrainConfig
 
@@ -51,15 +56,16 @@ def train(
                 tell(f"step {row['step']}/{settings.steps} · {_words(row)}")
 
         try:
-            model = run(settings, folder, on_log)
+            model = run(settings, folder, on_log, export)
         except KeyboardInterrupt:
-            saved = (folder / "checkpoint.pt").exists()
+            saved = any((folder / "checkpoints").glob("step-*"))
             left = f"{folder} holds the last checkpoint; the same command goes on from there" if saved else "no checkpoint was written yet"
             raise KeyboardInterrupt(left) from None
     last = rows[0] if rows else {}
-    words = f"{model}: {settings.steps} steps" + (f" · {_words(last)}" if last else ", all of them done before")
+    done = f" · {_words(last)}" if last else ", as they stand" if export else ", all of them done before"
     if first:
-        screen.result({"model": str(model), "folder": str(folder), "steps": settings.steps, **last}, words)
+        values = {"model": str(model), "folder": str(folder), "steps": settings.steps, **last}
+        screen.result(values, f"{model}: {'averaged weights' if export else f'{settings.steps} steps'}{done}")
 
 
 def _bar(screen: Screen, steps: int) -> Progress:
@@ -73,7 +79,8 @@ def _words(row: dict[str, Any]) -> str:
     left = int(row.get("seconds_left", 0))
     return (
         f"loss {row['loss']:.4f} · {row['bits_per_dim']:.3f} bits/dim · gradient {row['grad_norm']:.3g} · "
-        f"{row['tokens_per_second']} tokens/s · {left // 3600}:{left % 3600 // 60:02}:{left % 60:02} left"
+        f"{row['tokens_per_second']} tokens/s · {row['mfu']:.0%} MFU · {row['data_wait']:.0%} data · "
+        f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02} left"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -42,21 +43,42 @@ class TextConfig(Strict):
     vocabulary: int = Field(512, ge=300)
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters (Hu et al. 2021): `W + alpha / rank · B A`, with W as it is and A, B trained."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(8.0, gt=0)
+    targets: tuple[str, ...] = Field(("*.layers.*",), min_length=1)
+    """Linear layers of the flow by name, `*` for any part of it: `deep_block.layers.*.attention.*`. Default: every
+    transformer layer of all blocks and of the denoiser."""
+
+
 class TrainConfig(Strict):
     """`reelflow train CONFIG.yaml [key=value …]`; dotted keys reach inside."""
 
+    init: str | None = None
+    """Model to start from: a packaged name, a model folder, a Hugging Face id. `about`, `flow`, `vae` and `text` are its own
+    where they are not given; of `about` and `flow` single keys may be."""
     about: ModelConfig
     """The model folder's own config.json."""
     flow: FlowConfig
     latents: Path
     """Folder of cached latents (`python -m reelflow.training.latents`)."""
+    """Where clips and captions come from."""
     vae: Path
     """Folder of the video codec, copied into the trained model."""
     text: TextConfig | Path
-    """A small T5 to train along, or the folder of a trained one, which stays as it is."""
+    """A small T5 to train along, or the folder with `text_encoder/` and `tokenizer/` of a trained one, which stays as it is."""
+    train_text: bool = False
+    """Train the text encoder of that folder along; a new one always is."""
+    lora: LoraConfig | None = None
+    """Train adapters in place of the weights of `init`; the result is one small file."""
     stages: tuple[Stage, ...] = Field(min_length=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the flow. muon: orthogonalised momentum for the matrices of its layers, AdamW for all else, at the same rate."""
+    accumulate: int = Field(1, ge=1)
+    """Parts that every rank computes its rows of a batch in, one after the other: less memory, the same step."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """Of the flow. muon: orthogonalised momentum for the matrices of its layers, AdamW for all else, at the same rate.
+    adamw8bit: AdamW with its averages in 8 bits (torchao), also for the denoiser; a quarter of their memory."""
     lr: float = Field(5e-5, gt=0)
     min_lr: float = Field(1e-6, ge=0)
     denoiser_lr: float = Field(1e-4, gt=0)
@@ -67,15 +89,63 @@ class TrainConfig(Strict):
     grad_skip: bool = True
     """Skip steps whose gradient norm exceeds `grad_clip` after the first 100."""
     text_drop: float = Field(0.1, ge=0, le=1)
+    """Share of clips that lose their caption, so that guidance has an unconditional model."""
+    noise_range: tuple[float, float] | None = None
+    """Smallest and largest σ of the data noise, drawn for every clip; goes with `about.prompt.noise`, which tells the model.
+    None: `flow.noise_std` always."""
     ema: float = Field(0.999, ge=0, lt=1)
+    """Decay of the averaged weights, which are what is sampled from and written at the end; 0: no average is kept."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the products in transformer layers; weights, sums over ranks, norms and the flow's own values are float32 always."""
     device: str = "cpu"
+    """cpu, or cuda: every rank takes the GPU of its number on its machine."""
+    shards: int | None = Field(None, ge=1)
+    """Ranks that hold the weights of the layers together (FSDP2), a divisor of all ranks; groups of that many work side by
+    side. 1: every rank holds them all. None: all ranks on GPUs, 1 on CPUs."""
+    offload: bool = False
+    """Keep sharded weights, their gradients and optimiser state in the CPU's memory; also for one GPU."""
+    recompute: bool = False
+    """Activation checkpointing: keep only each layer's input, compute the rest again on the way back."""
+    compile: bool = False
+    """torch.compile every transformer layer; minutes at first, needs a C++ compiler or Triton."""
     seed: int = 0
     log_every: int = Field(20, ge=1)
+    tensorboard: bool = False
+    """Also write the log and the samples for TensorBoard, into the run's folder (pip install 'reelflow[train]')."""
     save_every: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1)
+    """Checkpoints that stay; older ones are removed."""
+    timeout: float = Field(10.0, gt=0)
+    """Minutes without an answer after which another rank counts as lost."""
     sample_every: int = Field(0, ge=0)
     """Steps between sample clips; 0: none."""
     sample_prompts: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, values: dict, source: str = "configuration") -> Self:
+        """Validate `values`, with what `init` gives in place of what is absent. Raises ValueError in one line."""
+        if isinstance(values.get("init"), str):
+            values = _from_init(values["init"], values)
+        found = super().parse(values, source)
+        if wrong := next(found._wrong(), None):
+            raise ValueError(f"{source}: {wrong}")
+        return found
+
+    def _wrong(self) -> Iterator[str]:
+        """Keys that do not go together."""
+        new_text = isinstance(self.text, TextConfig)
+        if self.lora and not self.init:
+            yield "lora adapts a model; say which one with init"
+        if self.lora and (self.train_text or new_text):
+            yield "lora leaves the text encoder as it is; leave out train_text, and give a folder for text"
+        if self.train_text and new_text:
+            yield "train_text is for the folder of a trained encoder; a new one is trained anyway"
+        if self.optimizer == "muon" and (self.lora or self.offload):
+            yield f"optimizer = muon does not go with {'lora' if self.lora else 'offload'}; use adamw"
+        if self.noise_range and not self.about.prompt.noise:
+            yield "noise_range needs about.prompt.noise = true, so that the model is told the noise level"
+        if self.noise_range and not 0 < self.noise_range[0] <= self.noise_range[1]:
+            yield f"noise_range = {list(self.noise_range)}: give the smaller one first, both above 0"
 
     @property
     def steps(self) -> int:
@@ -113,3 +183,22 @@ class TrainConfig(Strict):
                     raise ValueError(f"override {override!r}: {parent} has no keys inside")
             place[leaf] = yaml.safe_load(value)
         return cls.parse(values, str(path))
+
+
+def _from_init(init: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, and what they leave open from the model to start from. Raises ValueError for an unknown model."""
+    from reelflow.adapters.hub import part_folder, resolve
+
+    folder = resolve(init)
+    about = ModelConfig.read(folder / "config.json")
+    flow = FlowConfig.read(folder / "transformer" / "config.json")
+    given = {key: values.get(key, {}) for key in ("about", "flow")}
+    merged = {
+        key: own.model_dump(mode="json") | given[key] if isinstance(given[key], dict) else given[key]
+        for key, own in (("about", about), ("flow", flow))
+    }
+    if "vae" not in values:
+        merged["vae"] = part_folder(folder, "vae", about.parts)
+    if "text" not in values:
+        merged["text"] = folder
+    return values | merged

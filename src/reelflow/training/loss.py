@@ -12,14 +12,28 @@ from reelflow.flow import StarFlow
 
 
 def nll(model: StarFlow, x_BFChw: Tensor, text_BLE: Tensor | None) -> Tensor:
-    """0.5 z² − log|det| averaged over all values, in nats per value, without the constant ½ log 2π. Scalar."""
+    """0.5 z² − log|det| averaged over a clip's values, (B,), in nats per value, without the constant ½ log 2π."""
     z, log_det = model(x_BFChw, text_BLE)
-    return (0.5 * z.square() - log_det).mean()
+    return (0.5 * z.square() - log_det).flatten(1).mean(1)
 
 
-def score_target(model: StarFlow, slope_BFChw: Tensor) -> Tensor:
-    """The denoiser's target σ²/0.3 · ∇_x(−log p), from the gradient of the mean loss that its backward pass left on x."""
-    return model.config.noise_std**2 / SCORE_UNIT * slope_BFChw.numel() * slope_BFChw
+def noise_weight(noise_std_B: Tensor, told: bool) -> Tensor:
+    """Factor σ/0.3 of every clip's loss where the model is told its noise level (else 1), (B,): the noisier a clip, the
+    smaller the slope of its log p.
+    """
+    return noise_std_B / SCORE_UNIT if told else noise_std_B.new_ones(noise_std_B.shape)
+
+
+def score_target(slope_BFChw: Tensor, noise_std_B: Tensor, weight_B: Tensor) -> Tensor:
+    """The denoiser's target σ²/0.3 · ∇_x(−log p), from the gradient that the flow's backward pass left on x.
+
+    Args:
+        slope_BFChw: of Σ_b weight_b · nll_b.
+        noise_std_B: σ.
+        weight_B: of every clip's mean over its values.
+    """
+    values = slope_BFChw[0].numel()
+    return (noise_std_B.square() / (SCORE_UNIT * weight_B) * values)[:, None, None, None, None] * slope_BFChw
 
 
 def score_loss(model: StarFlow, x_BFChw: Tensor, target_BFChw: Tensor, text_BLE: Tensor | None) -> Tensor:

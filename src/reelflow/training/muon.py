@@ -8,13 +8,15 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates (Muon, Jordan et al. 2024), for weights seen as matrices.
 
     The update's root mean square is 0.2, as with Adam, so both take the same learning rate (Liu et al. 2025). Under
-    torch.distributed every rank orthogonalises its share of the matrices; gradients have to be averaged before.
+    torch.distributed every rank orthogonalises its share of the matrices, of sharded ones gathered for it; gradients have to
+    be averaged before.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -32,9 +34,15 @@ class Muon(torch.optim.Optimizer):
                     assert p.grad is not None
                     mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                     mean.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]).flatten(1))
-                for p, update in zip(members, shared(torch.stack(updates)), strict=True):
-                    p.add_(update.view(p.shape), alpha=-0.2 * max(update.shape) ** 0.5 * group["lr"])
+                    update = p.grad.lerp(mean, group["momentum"])
+                    updates.append(update.to_local() if isinstance(update, DTensor) else update.flatten(1))
+                first = members[0]
+                stacked = torch.stack(updates)
+                found = resharded(stacked, first) if isinstance(first, DTensor) else shared(stacked)
+                scale = -0.2 * max(first.shape[0], first.numel() // first.shape[0]) ** 0.5 * group["lr"]
+                for p, update in zip(members, found, strict=True):
+                    own = p.to_local() if isinstance(p, DTensor) else p
+                    own.add_(update.view(own.shape), alpha=scale)
 
 
 def shared(x: Tensor) -> Tensor:
@@ -47,6 +55,32 @@ def shared(x: Tensor) -> Tensor:
         found[rank::ranks] = orthogonal(x[rank::ranks])
     dist.all_reduce(found)
     return found
+
+
+def resharded(x_NrC: Tensor, like: DTensor) -> Tensor:
+    """`orthogonal` of matrices of which every rank holds some rows: each rank is sent its share of them whole, and sends the
+    rows back.
+
+    Args:
+        x_NrC: this rank's rows of N matrices.
+        like: one of the sharded matrices (R, C); rows are split as `torch.chunk` does.
+    """
+    mesh = like.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+    ranks, rows = dist.get_world_size(group), like.shape[0]
+    part = -(-rows // ranks)
+    turns = -(-len(x_NrC) // ranks)
+    sent = x_NrC.new_zeros(turns * ranks, part, x_NrC.shape[2], dtype=torch.bfloat16)
+    sent[: len(x_NrC), : x_NrC.shape[1]] = x_NrC
+    sent = sent.unflatten(0, (turns, ranks)).transpose(0, 1).contiguous()  # matrix t · ranks + r belongs to rank r
+    whole = torch.empty_like(sent)
+    dist.all_to_all_single(whole, sent, group=group)
+    matrices = whole.transpose(0, 1).flatten(1, 2)  # (turns, ranks · part, C), padding at the end
+    found = torch.zeros_like(matrices)
+    found[:, :rows] = orthogonal(matrices[:, :rows]).bfloat16()
+    back = found.unflatten(1, (ranks, part)).transpose(0, 1).contiguous()
+    dist.all_to_all_single(sent, back, group=group)
+    return sent.transpose(0, 1).flatten(0, 1)[: len(x_NrC), : x_NrC.shape[1]].float()
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:

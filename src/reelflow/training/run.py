@@ -1,83 +1,155 @@
-"""A whole run: cached latents in, a model folder out."""
+"""A whole run: cached latents in, a model folder (or an adapter) out."""
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
+from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import new_folder, save_weights
-from reelflow.adapters.text import load_text_encoder, no_progress_bar
+from reelflow.adapters.hub import part_folder, resolve
+from reelflow.adapters.text import TextEncoder, load_text_encoder, no_progress_bar
 from reelflow.adapters.vae import load_codec
 from reelflow.clip import contact_sheet
+from reelflow.config import ModelConfig
+from reelflow.flow import StarFlow
 from reelflow.pipelines.starflow import StarFlowPipeline
+from reelflow.training import adapter, parallel
 from reelflow.training.batches import CachedLatents
 from reelflow.training.config import TextConfig, TrainConfig
 from reelflow.training.text import new_text_encoder
-from reelflow.training.trainer import Parts, Trainer
+from reelflow.training.trainer import Trainer
 
 
-def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lambda row: None) -> Path:
-    """Train, or go on where the folder's checkpoint stands. Returns the model folder written at the end.
+def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lambda row: None, export_only: bool = False) -> Path:
+    """Train, or go on where the folder's latest checkpoint stands. Returns what is written at the end.
 
     Args:
-        folder: of the run: `checkpoint.pt`, `log.jsonl`, `samples/`, at the end `model/`.
-        on_log: called with every logged row (step, loss, bits_per_dim, score_loss, grad_norm, tokens_per_second, seconds_left).
+        folder: of the run: `checkpoints/`, `log.jsonl`, `samples/`, at the end `model/`, or `NAME.safetensors` with `lora`.
+        on_log: called with every logged row on the first rank (see `progress.Meter.row`).
+        export_only: train no further, write what the latest checkpoint holds.
 
     Raises:
         ValueError: latents, codec or text encoder that do not fit, a checkpoint of another architecture, a loss that is not finite.
+        LostRankError: another rank of the run is gone.
     """
-    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
-    source = CachedLatents(config)
-    torch.manual_seed(config.seed)
+    ranks = parallel.join(config)
+    try:
+        source = CachedLatents(config)
+        torch.manual_seed(config.seed)
+        text = open_text(config, source, ranks.device)
+        trainer = Trainer(config, source, text, folder, ranks)
+        if "RANK" in os.environ:
+            parallel.tell_when_ended(trainer.standing)
+        if not export_only:
+            trainer.run(on_log, write_samples)
+        elif not trainer.step:
+            raise ValueError(f"{folder}: holds no checkpoint to export; train first")
+        with parallel.answering(trainer.standing):
+            target = export_adapter(trainer) if config.lora else export(trainer, folder / "model")
+            ranks.meet()
+        return target
+    finally:
+        parallel.leave()
+
+
+def open_text(config: TrainConfig, source: CachedLatents, device: torch.device) -> TextEncoder:
+    """The text encoder of a configuration. Raises ValueError where it does not fit the flow."""
+    tokens = config.flow.text_tokens
     if isinstance(config.text, TextConfig):
-        text = new_text_encoder(config.text, config.flow.text_tokens, source.captions())
+        text = new_text_encoder(config.text, tokens, source.captions())
     else:
-        text = load_text_encoder(config.text / "text_encoder", config.text / "tokenizer", config.flow.text_tokens, config.device)
+        low = device.type == "cuda" and config.precision == "bfloat16" and not config.train_text
+        encoder, tokenizer = (part_folder(config.text, part, config.about.parts) for part in ("text_encoder", "tokenizer"))
+        text = load_text_encoder(encoder, tokenizer, tokens, device, torch.bfloat16 if low else torch.float32)
     if text.width != config.flow.text_dim:
         raise ValueError(f"flow.text_dim = {config.flow.text_dim}, the text encoder gives {text.width}; make them equal")
-    trainer = Trainer(config, source, text, folder)
-    trainer.run(on_log, write_samples)
-    return export(trainer, folder / "model") if trainer.rank == 0 else folder / "model"
+    return text
 
 
-def averaged(trainer: Trainer) -> StarFlowPipeline:
-    """The pipeline of the averaged weights as they stand; the trainer goes on untouched."""
-    parts = cast(Parts, copy.deepcopy(trainer.average.module).cpu())
-    text = copy.copy(trainer.text)
-    text.model = (parts.text if parts.text is not None else copy.deepcopy(text.model).cpu()).eval().requires_grad_(False)
-    return StarFlowPipeline(trainer.config.about, parts.flow, load_codec(trainer.config.vae, trainer.config.about.latent_scale), text)
+def flow_state(trainer: Trainer) -> dict[str, Tensor]:
+    """All of the flow with averaged weights, on the CPU of the first rank (elsewhere empty); with adapters: added. All ranks call it."""
+    config, average = trainer.config, trainer.averaged()
+    found = {}
+    for name, p in trainer.flow.named_parameters():
+        value = parallel.full(average.get(f"flow.{name}", p.detach()))
+        if trainer.ranks.first:
+            found[name] = value.cpu()
+    if config.lora:
+        adapters = {name: found.pop(name) for name in list(found) if ".lora_" in name}
+        found = {name.replace(".base_layer", ""): value.float() for name, value in found.items()}
+        made = lora.Lora(Path(), adapter.about(config.lora, config.about, config.about), adapter.taken_out(adapters))
+        for layer in made.layers:
+            found[f"{layer}.weight"] = found[f"{layer}.weight"] + made.change(layer)
+    return found
+
+
+def averaged(trainer: Trainer) -> StarFlowPipeline | None:
+    """The pipeline of the averaged weights as they stand, on the first rank; the trainer goes on untouched. All ranks call it."""
+    state = flow_state(trainer)
+    if not trainer.ranks.first:
+        return None
+    config, device = trainer.config, trainer.device
+    with torch.device("meta"):
+        flow = StarFlow(config.flow)
+    flow.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    if device.type == "cuda":
+        flow.set_precision(torch.bfloat16).to(device)
+    text = trainer.averaged_text()
+    text.model.to(device)
+    return StarFlowPipeline(config.about, flow, load_codec(config.vae, config.about.latent_scale, device), text)
 
 
 def write_samples(trainer: Trainer) -> None:
-    """A contact sheet per sample prompt, seed 0."""
+    """A clip and its contact sheet per sample prompt, seed 0; the other ranks wait."""
     pipe, prompts = averaged(trainer), list(trainer.config.sample_prompts)
-    folder = trainer.folder / "samples"
-    folder.mkdir(exist_ok=True)
-    for index, clip in enumerate(pipe.generate_batch(prompts, [0] * len(prompts))):
-        contact_sheet(clip, columns=9, tile=96).save(folder / f"{trainer.step:06d}-{index}.png")
+    if pipe is not None and prompts:
+        folder = trainer.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        for index, clip in enumerate(pipe.generate_batch(prompts, [0] * len(prompts))):
+            sheet, name = contact_sheet(clip, columns=9, tile=96), f"{trainer.step:06d}-{index}"
+            sheet.save(folder / f"{name}.png")
+            clip.save(folder / f"{name}.mp4")
+            if trainer.log:
+                trainer.log.picture(f"sample/{prompts[index]}", sheet, trainer.step)
+    with parallel.answering(trainer.standing):
+        trainer.ranks.meet()
 
 
 def export(trainer: Trainer, target: Path) -> Path:
-    """Write the averaged weights as a model folder: the flow in bfloat16, the text encoder in float32, the codec copied."""
-    pipe = averaged(trainer)
-    assert pipe.text is not None
+    """Write the averaged weights as a model folder: the flow in bfloat16, the text encoder in float32, the codec copied.
+
+    All ranks call it, the first one writes.
+    """
+    config, state = trainer.config, flow_state(trainer)
+    if not trainer.ranks.first:
+        return target
+    text = trainer.averaged_text()
     if target.exists():
         shutil.rmtree(target)
     with new_folder(target) as folder:
-        state = {name: tensor.to(torch.bfloat16) for name, tensor in pipe.flow.state_dict().items()}
-        save_weights(state, folder / "transformer")
-        pipe.flow.config.write(folder / "transformer" / "config.json")
-        pipe.about.write(folder / "config.json")
+        save_weights({name: tensor.to(torch.bfloat16) for name, tensor in state.items()}, folder / "transformer")
+        config.flow.write(folder / "transformer" / "config.json")
+        config.about.write(folder / "config.json")
         with no_progress_bar():
-            pipe.text.model.save_pretrained(str(folder / "text_encoder"))
-        pipe.text.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        shutil.copytree(trainer.config.vae, folder / "vae")
+            text.model.save_pretrained(str(folder / "text_encoder"))
+        text.tokenizer.save_pretrained(str(folder / "tokenizer"))
+        shutil.copytree(config.vae, folder / "vae")
+    return target
+
+
+def export_adapter(trainer: Trainer) -> Path:
+    """Write the averaged adapters as one file named after the model, `about.name`. All ranks call it, the first one writes."""
+    config = trainer.config
+    assert config.lora is not None
+    assert config.init is not None
+    target = trainer.folder / f"{config.about.name}.safetensors"
+    if trainer.ranks.first:
+        base = ModelConfig.read(resolve(config.init) / "config.json")
+        lora.save(target, adapter.taken_out(trainer.averaged()), adapter.about(config.lora, config.about, base))
     return target

@@ -1,217 +1,250 @@
 """The training loop: exact NLL and flow-score matching from one backward pass.
 
-On one device, or data-parallel under torchrun (every rank takes its rows of the batch; gradients are averaged). On a busy
-CPU, as many ranks of one thread as there are cores are faster than one process with as many threads.
+On one device, or on as many as torchrun starts processes: every rank takes its rows of each batch (`parallel`). On a busy CPU,
+as many ranks of one thread as there are cores are faster than one process with as many threads.
 
-A step is a function of (weights, optimiser state, step number): batches and noise come from generators seeded by
-(seed, step), so a run that is stopped and resumed is bit-identical to one that never stopped.
+A step is a function of (weights, optimiser state, step number): batches and noise come from generators seeded by (seed, step,
+row), so a run that is killed and started again is bit-identical to one that never stopped.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import math
-import os
-import pickle
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
+from reelflow.adapters.checkpoint import read_weights, require_match
+from reelflow.adapters.hub import resolve
 from reelflow.adapters.text import TextEncoder
 from reelflow.flow import StarFlow
-from reelflow.likelihood import HALF_LOG_TAU, add_noise
-from reelflow.training.batches import Batch
-from reelflow.training.config import TrainConfig
-from reelflow.training.loss import nll, score_loss, score_target
-from reelflow.training.muon import Muon
-
-
-class Source(Protocol):
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step: a function of the step alone."""
-
-
-class Parts(nn.Module):
-    """What is averaged and saved together: the flow and, where it is trained, its text encoder."""
-
-    flow: StarFlow
-    text: nn.Module | None
-
-    def __init__(self, flow: StarFlow, text: nn.Module | None):
-        super().__init__()
-        self.flow, self.text = flow, text
+from reelflow.training import parallel
+from reelflow.training.adapter import add_adapters, fill_adapters
+from reelflow.training.checkpoints import Checkpoints, read_into, step_of
+from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.feed import Feed, Rows, Source
+from reelflow.training.loss import nll, noise_weight, score_loss, score_target
+from reelflow.training.optimizers import Optimizers
+from reelflow.training.parallel import Ranks
+from reelflow.training.progress import Log, Meter
 
 
 class Trainer:
-    """Owns weights, optimisers, averages and the checkpoint folder of one run.
+    """Owns weights, optimisers, averages and the folder of one run.
 
     Args:
         source: gives the batch of a step.
-        text: the text encoder; its weights are trained if `config.text` describes one.
-        folder: checkpoint and log go there; an existing checkpoint is resumed.
+        text: the text encoder; its weights are trained if `config.text` describes a new one, or `config.train_text` says so.
+        folder: checkpoints and log go there; the latest checkpoint is resumed.
+        ranks: this process among those of the run, see `parallel.join`; None: it is alone.
+
+    Raises:
+        ValueError: weights to start from, or a checkpoint, that do not fit; batches too small to be split.
     """
 
-    def __init__(self, config: TrainConfig, source: Source, text: TextEncoder, folder: Path):
+    def __init__(self, config: TrainConfig, source: Source, text: TextEncoder, folder: Path, ranks: Ranks | None = None):
         torch.manual_seed(config.seed)
-        self.config, self.source, self.text, self.folder = config, source, text, folder
-        self.device = torch.device(config.device)
-        self.flow = StarFlow(config.flow).to(self.device).train()
-        self.train_text = not isinstance(config.text, Path)
-        text.model.to(self.device).requires_grad_(self.train_text)
-        self.parts = Parts(self.flow, text.model if self.train_text else None)
-        self.average = AveragedModel(self.parts, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        denoiser = list(self.flow.denoiser.parameters()) if self.flow.denoiser else []
-        own = {id(parameter) for parameter in denoiser}
-        self.flow_parameters = [p for p in self.parts.parameters() if id(p) not in own]
-        self.denoiser_parameters = denoiser
-
-        def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-
-        layers = [p for block in self.flow.blocks for p in block.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"]
-        matrices = {id(p) for p in layers}
-        self.optimizers = [adamw([p for p in self.flow_parameters if id(p) not in matrices], config.lr)]
-        if layers:
-            self.optimizers.append(Muon(layers, config.lr))
-        self.peaks = [config.lr] * len(self.optimizers)
-        if denoiser:
-            self.optimizers.append(adamw(denoiser, config.denoiser_lr))
-            self.peaks.append(config.denoiser_lr)
-        self.step = 0
-        self.skipped = 0
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint.exists():
-            self.restore()
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
-    def rate(self, step: int, peak: float) -> float:
-        """Learning rate: linear warm-up, then cosine to `min_lr`."""
-        config = self.config
-        if step < config.warmup:
-            return peak * (step + 1) / config.warmup
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        self.config, self.text, self.folder = config, text, folder
+        self.ranks = ranks or Ranks(torch.device(config.device))
+        self.device = self.ranks.device
+        train_text = config.train_text or isinstance(config.text, TextConfig)
+        text.model.to(self.device).requires_grad_(train_text)
+        self.flow = new_flow(config, self.ranks)
+        named = {f"flow.{name}": p for name, p in self.flow.named_parameters()}
+        if train_text:
+            named |= {f"text.{name}": p for name, p in text.model.named_parameters()}
+        self.weights: dict[str, nn.Parameter] = {name: p for name, p in named.items() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()} if config.ema else {}
+        self.optimizers = Optimizers(config, self.weights)
+        self.feed = Feed(config, source, self.ranks.rank, self.ranks.count, pin=self.device.type == "cuda")
+        self.meter = Meter(config, self.device, self.ranks.count)
+        self.step = self.skipped = 0
+        if self.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+        adapters = config.lora.model_dump(mode="json") if config.lora else None
+        settings = {"optimizer": config.optimizer, "seed": config.seed, "lora": adapters}
+        self.checkpoints = Checkpoints(folder, config.keep, self.ranks, settings)
+        if found := self.checkpoints.find():
+            self.restore(found)
 
     def precision(self) -> torch.autocast | nullcontext[None]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext()
 
     def train_step(self) -> dict[str, float]:
-        """One update of flow, text encoder and denoiser. Returns loss (nats per value), bits_per_dim, score_loss, grad_norm.
+        """One update of flow, text encoder and denoiser. Returns loss (nats per value), score_loss, grad_norm, of all ranks.
 
         Raises:
-            ValueError: the loss is not finite; the weights are as they were before the step.
+            ValueError: the loss is not finite; on all ranks, with the weights as they were before the step.
+            LostRankError: another rank is gone.
+        """
+        with parallel.answering(self.standing):
+            return self._train_step()
+
+    def _train_step(self) -> dict[str, float]:
+        config, parts = self.config, self.feed(self.step)
+        losses = torch.stack([self._backward(rows) for rows in parts]).sum(0)
+        self.ranks.average([p.grad for p in self.weights.values() if p.grad is not None and parallel.local(p) is p])
+        norm, denoiser_norm = (
+            parallel.total_norm(p.grad for p in some if p.grad is not None) for some in (self.optimizers.flow, self.optimizers.denoiser)
+        )
+        loss, score = self.ranks.mean(losses).tolist()
+        found = {"loss": loss, "score_loss": score, "grad_norm": norm.item()}
+        denoiser_size = denoiser_norm.item()
+        if not all(map(math.isfinite, (*found.values(), denoiser_size))):
+            self.optimizers.forget()
+            raise ValueError(
+                f"step {self.step}: loss {loss}, denoiser's loss {score}, gradient norm {found['grad_norm']}: not finite; lower lr or use "
+                "precision=float32"
+            )
+        skip = config.grad_skip and self.step >= 100 and found["grad_norm"] > config.grad_clip
+        self.skipped += skip
+        if not skip:
+            scale_down(self.optimizers.flow, found["grad_norm"] / config.grad_clip)
+            scale_down(self.optimizers.denoiser, denoiser_size / config.grad_clip)
+            self.optimizers.step(self.step)
+        self.optimizers.forget()
+        self.follow()
+        shape = torch.Size((round(len(parts[0].prompts) / parts[0].share), *parts[0].x.shape[1:]))
+        self.meter.add(found, shape, config.stage(self.step).denoiser)
+        self.step += 1
+        return found
+
+    def _backward(self, rows: Rows) -> Tensor:
+        """Gradients of some rows. Returns their share of the flow's and the denoiser's loss, times the number of ranks."""
+        denoise = self.flow.denoiser is not None and self.config.stage(self.step).denoiser
+        x = rows.x.to(self.device, non_blocking=True).requires_grad_(denoise)
+        share, noise_std_B = rows.share * self.ranks.count, rows.noise_std_B.to(self.device)
+        weight_B = noise_weight(noise_std_B, self.config.about.prompt.noise) * (share / len(x))
+        with self.precision():
+            states = self.text.states(rows.prompts) if self.flow.config.text_tokens else None
+            nll_B = nll(self.flow, x, states)
+        (weight_B * nll_B).sum().backward()
+        score = torch.zeros((), device=self.device)
+        if denoise:
+            assert x.grad is not None
+            with self.precision():
+                score = score_loss(self.flow, x, score_target(x.grad, noise_std_B, weight_B), states)
+            (share * score).backward()
+        return torch.stack((share * nll_B.detach().mean(), share * score.detach()))
+
+    def follow(self) -> None:
+        """Move the averages towards the weights; the first step is taken over as it is."""
+        if self.average:
+            average = [parallel.local(value) for value in self.average.values()]
+            weights = [parallel.local(p.detach()) for p in self.weights.values()]
+            torch._foreach_lerp_(average, weights, 1 - self.config.ema if self.step else 1.0)
+
+    def run(
+        self, on_log: Callable[[dict[str, Any]], None] = lambda row: None, on_sample: Callable[[Trainer], None] = lambda trainer: None
+    ) -> None:
+        """Train to the last step, logging a JSON line per `log_every` steps, saving and sampling as the configuration says.
+
+        on_log is called on the first rank, on_sample on all of them.
+
+        Raises:
+            ValueError: as `train_step`, or the last checkpoint could not be written.
         """
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        batch = self.source(self.step)
-        mine = slice(self.rank, None, self.ranks)
-        x = add_noise(batch.latents, config.flow.noise_std, generator)[mine].to(self.device).requires_grad_()
-        with self.precision():
-            states = self.text.states(batch.prompts[mine])
-            loss = nll(self.flow, x, states)
-        loss.backward()
-        assert x.grad is not None
-        score = torch.zeros(())
-        if self.flow.denoiser and config.stage(self.step).denoiser:
-            with self.precision():
-                score = score_loss(self.flow, x, score_target(self.flow, x.grad), states)
-            score.backward()
-        self.average_gradients()
-        norm = float(nn.utils.clip_grad_norm_(self.flow_parameters, config.grad_clip))
-        if not (math.isfinite(loss.item()) and math.isfinite(norm) and math.isfinite(score.item())):
-            raise ValueError(f"step {self.step}: loss {loss.item()}, gradient norm {norm}: not finite; lower lr or use precision=float32")
-        nn.utils.clip_grad_norm_(self.denoiser_parameters, config.grad_clip)
-        skip = config.grad_skip and self.step >= 100 and norm > config.grad_clip
-        self.skipped += skip
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = self.rate(self.step, peak)
-            if not skip:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.average.update_parameters(self.parts)
-        self.step += 1
-        return {
-            "loss": loss.item(),
-            "bits_per_dim": (loss.item() + HALF_LOG_TAU) / math.log(2),
-            "score_loss": score.item(),
-            "grad_norm": norm,
-            "tokens": batch.latents.shape[0] * batch.latents.shape[1] * batch.latents.shape[3] * batch.latents.shape[4],
-        }
+        self.log = Log(self.folder, config, self.step) if self.ranks.first else None
+        self.meter.restart()
+        self.feed.waited = 0.0
+        try:
+            with self.feed.ahead():
+                while self.step < config.steps:
+                    self.train_step()
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        row = self.meter.row(self.step, self.skipped, self.feed.waited)
+                        if self.log:
+                            self.log.write(row)
+                            on_log(row)
+                    if self.step % config.save_every == 0 or self.step == config.steps:
+                        self.save()
+                    self.checkpoints.check()
+                    if config.sample_every and self.step % config.sample_every == 0:
+                        on_sample(self)
+        finally:
+            self.checkpoints.wait()
+            if self.log:
+                self.log.close()
+        if self.checkpoints.failed == config.steps:
+            raise ValueError(f"{self.folder}: the last checkpoint could not be written; free space and start the same command again")
 
-    def average_gradients(self) -> None:
-        """The mean over ranks, in place."""
-        if self.ranks == 1:
-            return
-        gradients = [p.grad for p in (*self.flow_parameters, *self.denoiser_parameters) if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, (flat / self.ranks).split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    def standing(self) -> str:
+        """Where the run could go on from, for a message."""
+        good = self.checkpoints.latest()
+        return f"the same command goes on from step {step_of(good)}" if good else "no checkpoint was written yet"
 
-    def run(self, on_log: Callable[[dict], None] = lambda row: None, on_sample: Callable[[Trainer], None] = lambda trainer: None) -> None:
-        """Train to the last step, logging a JSON line per `log_every` steps, saving and sampling as the configuration says."""
-        config, rows, began, tokens = self.config, [], time.monotonic(), 0.0
-        first = self.step
-        while self.step < config.steps:
-            rows.append(self.train_step())
-            tokens += rows[-1]["tokens"]
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                elapsed = time.monotonic() - began
-                row = {key: round(sum(r[key] for r in rows) / len(rows), 5) for key in ("loss", "bits_per_dim", "score_loss", "grad_norm")}
-                row |= {"step": self.step, "skipped": self.skipped, "tokens_per_second": round(tokens / elapsed)}
-                row["seconds_left"] = round((config.steps - self.step) * elapsed / (self.step - first))
-                rows = []
-                if self.rank == 0:
-                    with (self.folder / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(row) + "\n")
-                    on_log(row)
-            if self.rank == 0 and (self.step % config.save_every == 0 or self.step == config.steps):
-                self.save()
-            if self.rank == 0 and config.sample_every and self.step % config.sample_every == 0:
-                on_sample(self)
+    # --- state
 
     def save(self) -> None:
-        """Write the checkpoint; the one before stays good until this one is whole."""
-        state = {
-            "step": self.step,
-            "skipped": self.skipped,
-            "parts": self.parts.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.checkpoint)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write a checkpoint in the background; those before stay good until it is whole."""
+        counts = {"counts": torch.tensor((self.step, self.skipped)), "rows": self.meter.state()}
+        state = {"weights": {name: p.detach() for name, p in self.weights.items()}, "average": self.average}
+        self.checkpoints.save(self.step, state | {"optimizer": self.optimizers.state(), "run": counts})
 
-    def restore(self) -> None:
-        """Continue from the folder's checkpoint. Raises ValueError where it is of another architecture."""
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint of any number of ranks. Raises ValueError where it is of another architecture."""
+        sizes = self.checkpoints.sizes(path)
+        weights = {name: p.detach() for name, p in self.weights.items()}
+        own = {f"weights.{name}": tuple(p.shape) for name, p in weights.items()}
+        own |= {f"average.{name}": tuple(value.shape) for name, value in self.average.items()}
+        given = {name: tuple(size) for name, size in sizes.items() if name.startswith(("weights.", "average."))}
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.checkpoint}: damaged ({type(error).__name__}); remove it to start anew") from None
-        try:
-            self.parts.load_state_dict(state["parts"])
-            self.average.load_state_dict(state["average"])
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()
-            raise ValueError(f"{self.checkpoint}: of another architecture ({first}); give another folder") from None
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.skipped = state["step"], state["skipped"]
+            require_match(own, given, "weights")
+        except ValueError as error:
+            raise ValueError(f"{path}: of another architecture ({str(error).split(': ', 2)[-1]}); give another folder") from None
+        room = self.optimizers.room({name.removeprefix("optimizer.") for name in sizes})
+        counts = {"counts": torch.zeros(2, dtype=torch.int64), "rows": torch.zeros(sizes["run.rows"], dtype=torch.float64)}
+        self.checkpoints.load(path, {"weights": weights, "average": self.average, "optimizer": room, "run": counts})
+        self.optimizers.restore(room)
+        self.meter.restore(counts["rows"])
+        self.step, self.skipped = counts["counts"].tolist()
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights by name, or the weights themselves where no average is kept; sharded as they are."""
+        return self.average or {name: p.detach() for name, p in self.weights.items()}
+
+    def averaged_text(self) -> TextEncoder:
+        """The text encoder with averaged weights, a copy on the CPU."""
+        text, values = copy.copy(self.text), self.averaged()
+        text.model = copy.deepcopy(self.text.model).cpu().requires_grad_(False)
+        for name, p in text.model.named_parameters():
+            if f"text.{name}" in values:
+                p.copy_(values[f"text.{name}"])
+        return text
+
+
+def new_flow(config: TrainConfig, ranks: Ranks) -> StarFlow:
+    """The flow to train, on its device, sharded and with adapters as configured: untrained, or with the weights of `init`."""
+    with torch.device("meta" if config.init else ranks.device):
+        flow = StarFlow(config.flow).train()
+    if config.lora:
+        if config.precision == "bfloat16":
+            flow.set_precision(torch.bfloat16)  # of weights that stay as they are, which is how they run anyway
+        add_adapters(flow, config.lora)
+    if ranks.mesh is not None:
+        parallel.shard(flow, config, ranks.mesh)
+    if config.init:
+        folder = resolve(config.init) / "transformer"
+        flow.to_empty(device="cpu" if config.offload else ranks.device)
+        state = {name.replace(".base_layer", ""): p.detach() for name, p in flow.named_parameters() if ".lora_" not in name}
+        weights = read_weights(folder)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        require_match({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, str(folder))
+        read_into(folder, state, ranks)
+        if config.lora:
+            fill_adapters(flow, config.seed)
+    parallel.prepare_layers(flow, config)
+    return flow
+
+
+def scale_down(parameters: list[nn.Parameter], times: float) -> None:
+    """Divide the gradients by `times` where that makes them smaller."""
+    gradients = [parallel.local(p.grad) for p in parameters if p.grad is not None]
+    if gradients and times > 1:
+        torch._foreach_mul_(gradients, 1 / times)

@@ -1,0 +1,107 @@
+"""What a rank is fed: its rows of every batch, with the data noise, made while the step before is computed.
+
+Shapes: B rows, F latent frames, C channels, h × w places.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reelflow.adapters.text import wrap_prompt
+from reelflow.likelihood import add_noise
+from reelflow.training.batches import Batch
+from reelflow.training.config import TrainConfig
+
+
+class Source(Protocol):
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step: a function of the step alone."""
+
+
+class Rows(NamedTuple):
+    """Some rows of a batch."""
+
+    x: Tensor
+    """Noisy latents (B, F, C, h, w)."""
+    prompts: list[str]
+    noise_std_B: Tensor
+    """σ of every row."""
+    share: float
+    """Of these rows among all of the batch."""
+
+
+class Feed:
+    """`feed(step)`: this rank's rows, in `accumulate` parts of about equal size, and how many rows and values the batch has.
+
+    The rows of rank r of n are r, r + n, …; noise and its level come from a generator for (seed, step, row), so that nothing
+    depends on how the rows are split. `waited`: seconds that steps had to wait for their data.
+    """
+
+    def __init__(self, config: TrainConfig, source: Source, rank: int = 0, ranks: int = 1, pin: bool = False):
+        self.config, self.source, self.rank, self.ranks, self.pin = config, source, rank, ranks, pin
+        self.waited = 0.0
+        self._worker: ThreadPoolExecutor | None = None
+        self._next: tuple[int, Future[list[Rows]]] | None = None
+        for stage in config.stages:
+            for bucket in stage.buckets:
+                if bucket.batch < ranks * config.accumulate:
+                    raise ValueError(
+                        f"a batch of {bucket.batch} ({bucket.task}) cannot be split over {ranks} ranks × accumulate = {config.accumulate}; "
+                        "make it larger"
+                    )
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Within the block, what follows is made in the background."""
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as self._worker:
+            try:
+                yield
+            finally:
+                self._worker, self._next = None, None
+
+    def __call__(self, step: int) -> list[Rows]:
+        began = time.perf_counter()
+        if self._next is not None and self._next[0] == step:
+            rows = self._next[1].result()
+        else:
+            rows = self.rows(step)
+        self.waited += time.perf_counter() - began
+        if self._worker is not None:
+            self._next = (step + 1, self._worker.submit(self.rows, step + 1)) if step + 1 < self.config.steps else None
+        return rows
+
+    def rows(self, step: int) -> list[Rows]:
+        """Of a step, whatever was asked before."""
+        batch = self.source(step)
+        size, own = len(batch.prompts), range(self.rank, len(batch.prompts), self.ranks)
+        return [self._noisy(batch, step, own[part :: self.config.accumulate], size) for part in range(self.config.accumulate)]
+
+    def _noisy(self, batch: Batch, step: int, rows: Sequence[int], size: int) -> Rows:
+        noisy, prompts, levels = [], [], []
+        low, high = self.config.noise_range or (self.config.flow.noise_std,) * 2
+        for row in rows:
+            generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.config.seed, step, row)).generate_state(1)[0]))
+            level = low if low == high else low + (high - low) * float(torch.rand((), generator=generator))
+            noisy.append(add_noise(batch.latents[row], level, generator))
+            prompts.append(self._told(batch.prompts[row], level))
+            levels.append(level)
+        x = torch.stack(noisy)
+        return Rows(x.pin_memory() if self.pin else x, prompts, torch.tensor(levels), len(rows) / size)
+
+    def _told(self, prompt: str, level: float) -> str:
+        """The prompt, which is wrapped for the model's own noise level, with the level that was drawn."""
+        if self.config.noise_range is None:
+            return prompt
+        own, drawn = (
+            wrap_prompt("", fps=None, image=False, noise_std=noise_std, aspect=None) for noise_std in (self.config.flow.noise_std, level)
+        )
+        assert own in prompt
+        return prompt.replace(own, drawn, 1)

@@ -1,0 +1,129 @@
+"""Which optimiser moves which weights, how fast, and how its state is named in a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from reelflow.training.config import TrainConfig
+from reelflow.training.muon import Muon
+
+KEYS = ("step", "exp_avg", "exp_avg_sq", "mean")
+"""What the optimisers keep of a weight."""
+
+
+class Optimizers:
+    """The optimisers of a run: of the flow (and its text encoder), and of the denoiser, whose loss is its own.
+
+    Args:
+        weights: what is trained, by name; the denoiser's begin with `flow.denoiser.`.
+    """
+
+    def __init__(self, config: TrainConfig, weights: Mapping[str, nn.Parameter]):
+        self.config, self.weights = config, weights
+        self.denoiser = [p for name, p in weights.items() if name.startswith("flow.denoiser.")]
+        self.flow = [p for name, p in weights.items() if not name.startswith("flow.denoiser.")]
+        matrices = {id(p) for name, p in weights.items() if ".layers." in name and p.ndim == 2 and name.startswith("flow.")}
+        use_muon = config.optimizer == "muon"
+        self.all: list[torch.optim.Optimizer] = [adamw(config, [p for p in self.flow if not (use_muon and id(p) in matrices)], config.lr)]
+        self.peaks = [config.lr]
+        if use_muon:
+            self.all.append(Muon([p for p in self.flow if id(p) in matrices], config.lr))
+            self.peaks.append(config.lr)
+        if self.denoiser:
+            self.all.append(adamw(config, self.denoiser, config.denoiser_lr))
+            self.peaks.append(config.denoiser_lr)
+
+    def rate(self, step: int, peak: float) -> float:
+        """Learning rate: linear warm-up, then cosine to `min_lr`."""
+        config = self.config
+        if step < config.warmup:
+            return peak * (step + 1) / config.warmup
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def step(self, step: int) -> None:
+        """Move the weights along their gradients, at the rates of that step."""
+        for optimizer, peak in zip(self.all, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(self.rate(step, peak))
+                else:
+                    group["lr"] = self.rate(step, peak)
+            optimizer.step()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _owned(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        names = {id(p): name for name, p in self.weights.items()}
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield names[id(parameter)], parameter, optimizer
+
+    def state(self) -> dict[str, Tensor]:
+        """`NAME.KEY` → state of a weight, in float32 whatever it is kept in; weights that never moved have none."""
+        return {
+            f"{name}.{key}": plain(value) for name, p, optimizer in self._owned() for key, value in optimizer.state.get(p, {}).items()
+        }
+
+    def room(self, names: Container[str]) -> dict[str, Tensor]:
+        """Empty tensors for the state of those names, sharded as the weights are; for `restore`."""
+        found = {}
+        for name, p, optimizer in self._owned():
+            counter = p.device if optimizer.param_groups[0].get("fused") else torch.device("cpu")
+            for key in KEYS:
+                if f"{name}.{key}" in names:
+                    found[f"{name}.{key}"] = torch.zeros((), device=counter) if key == "step" else torch.zeros_like(p, requires_grad=False)
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `room` was filled with."""
+        for name, p, optimizer in self._owned():
+            for key in KEYS:
+                value = state.get(f"{name}.{key}")
+                if value is not None:
+                    optimizer.state[p][key] = kept(optimizer, p, key, value)
+
+
+def adamw(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW, with weights on every rank and sharded ones in groups of their own."""
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if isinstance(p, DTensor) is sharded]} for sharded in (False, True)]
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
+    if config.optimizer != "adamw8bit":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    try:
+        from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+    except ImportError:
+        raise ValueError("optimizer = adamw8bit needs torchao; install it with: pip install 'reelflow[train]', or use adamw") from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
+    return optimizer
+
+
+def plain(value: Tensor) -> Tensor:
+    """State as ordinary values: 8-bit averages decoded, which loses nothing of them."""
+    inner = value.to_local() if isinstance(value, DTensor) else value
+    if not hasattr(inner, "dequantize") or type(inner) is Tensor:
+        return value
+    decoded: Tensor = inner.dequantize()
+    if isinstance(value, DTensor):
+        return DTensor.from_local(decoded, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())
+    return decoded
+
+
+def kept(optimizer: Any, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """The inverse of `plain`: values as that optimiser keeps them."""
+    if not hasattr(optimizer, "_new_buffer") or key == "step":
+        return value
+    buffer: Tensor = optimizer._new_buffer(parameter, signed=key == "exp_avg")
+    buffer.copy_(value)
+    return buffer

@@ -1,0 +1,201 @@
+"""Ranks: who holds which part of the weights, and what they tell each other.
+
+The matrices of the transformer layers may be sharded (FSDP2): a layer's are gathered when it runs, in bfloat16 where the
+products are, and their gradients are averaged in float32 back into shards. Everything else (norms, in and out projections,
+start tokens, a trained text encoder, adapters: well under a hundredth of a large model) is on every rank, as all of it is where nothing
+is sharded, and its gradients are averaged in one message.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from reelflow.flow import StarFlow
+from reelflow.flow.attention import Layer
+from reelflow.training.config import TrainConfig
+
+
+class LostRankError(RuntimeError):
+    """Another process of the run is gone."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    mesh: of the ranks that hold the layers' matrices together, None where each holds all. files: the group that the writing
+    of checkpoints talks in, beside the training.
+    """
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    mesh: DeviceMesh | None = None
+    files: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of a few numbers, over all ranks."""
+        if self.count > 1:
+            dist.all_reduce(values)
+            values /= self.count
+        return values
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """The mean over ranks of gradients that every rank has in full, in place."""
+        if self.count == 1 or not gradients:
+            return
+        mean = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def agree(self, value: Any) -> Any:
+        """What the first rank says (any small object)."""
+        said = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def meet(self) -> None:
+        if self.count > 1:
+            dist.barrier(self.files)
+
+
+def join(config: TrainConfig) -> Ranks:
+    """Find the other processes that torchrun started, if it did.
+
+    Raises:
+        ValueError: `shards` does not divide the ranks.
+    """
+    started = "RANK" in os.environ
+    device = torch.device(config.device)
+    if started and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if (started or config.offload) and not dist.is_initialized():
+        alone: dict[str, Any] = {} if started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), **alone)
+    if not dist.is_initialized():
+        return Ranks(device)
+    rank, count = dist.get_rank(), dist.get_world_size()
+    shards = config.shards or (count if device.type == "cuda" else 1)
+    if count % shards:
+        raise ValueError(f"shards = {shards} does not divide the {count} ranks of this run")
+    mesh = None
+    if shards > 1 or config.offload:
+        shape, names = ((shards,), ("shard",)) if shards == count else ((count // shards, shards), ("replicate", "shard"))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    files = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout))
+    return Ranks(device, rank, count, mesh, files)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def layers(flow: StarFlow) -> list[Layer]:
+    return [module for module in flow.modules() if isinstance(module, Layer)]
+
+
+def prepare_layers(flow: StarFlow, config: TrainConfig) -> None:
+    """Compile layers and recompute their insides on the way back, as configured."""
+    for layer in layers(flow):
+        run: Any = layer.forward
+        if config.compile:
+            run = torch.compile(run)
+        if config.recompute:
+            run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
+        if run is not layer.forward:
+            layer.forward = run  # type: ignore[method-assign]  # on this layer only; names of weights stay
+
+
+def shard(flow: StarFlow, config: TrainConfig, mesh: DeviceMesh) -> None:
+    """Share the matrices of the layers among the ranks of the mesh, in place; see the top of the file."""
+    matrices = {
+        parameter
+        for layer in layers(flow)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+        for parameter in module.parameters(recurse=False)
+    }
+    everywhere = {parameter for parameter in flow.parameters() if parameter not in matrices}
+    low = torch.bfloat16 if config.precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.offload else OffloadPolicy()
+    for module in (*layers(flow), flow):
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=everywhere)
+    register_fsdp_forward_method(flow, "score")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, itself where it is not sharded; in place changes of it are changes of the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of it, on every rank that asks; all have to."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Of all values together, over all shards. Scalar."""
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for gradient in gradients:
+        parts[isinstance(gradient, DTensor)].append(gradient)
+    norms = [full(nn.utils.get_total_norm(some)) for some in parts.values() if some]
+    return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
+
+
+@contextmanager
+def answering(where: Callable[[], str]) -> Iterator[None]:
+    """Raise LostRankError where a rank does not answer while the block talks to it; `where`: says what is safe."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        words = " ".join(str(error).split())
+        if not any(sign in words for sign in ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")):
+            raise
+        raise LostRankError(f"another process of this run is gone or does not answer ({words[:160]}); {where()}") from error
+
+
+def tell_when_ended(where: Callable[[], str]) -> None:
+    """On SIGTERM, which torchrun sends where another rank has failed, say where the run stands and leave at once.
+
+    A thread of its own waits for it: the main one may be inside a collective that never ends. `where`: called for the words.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    seen, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def wait() -> None:
+        while os.read(seen, 1) != bytes([signal.SIGTERM]):
+            pass
+        sys.stderr.write(f"stopped from outside (torchrun does so where another rank has failed): {where()}\n")
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
