@@ -83,8 +83,15 @@ def test_bench(run, tiny_model: Path) -> None:
     done = run("bench", "--model", tiny_model, "--frames", 1, "--repeats", 1, "--json")
     found = json.loads(done.out)
     assert (done.code, done.errors) == (0, [])
-    assert {"sequential", "fixed chunks", "jacobi"} == {row["sampler"] for row in found["rows"]}
+    assert {"sequential", "published", "published, our engine", "jacobi"} == {row["sampler"] for row in found["rows"]}
     assert {"tokens_per_second", "passes", "first_frame_seconds", "peak_memory"} <= found["rows"][0].keys()
+
+
+def test_bench_profile(run, tiny_model: Path) -> None:
+    done = run("bench", "--model", tiny_model, "--frames", 1, "--repeats", 1, "--profile")
+    assert (done.code, done.errors) == (0, [])
+    phases = ["text", "deep", "shallow", "denoiser", "decoder", "writing"]
+    assert [line.split()[0] for line in done.out.splitlines()[1:]] == ["phase", *phases, "all"]
 
 
 def test_evaluate_needs_a_model(run) -> None:

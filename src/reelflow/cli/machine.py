@@ -27,20 +27,28 @@ def doctor(options: Printing) -> None:
 def bench(
     options: OnModel,
     frames: Annotated[
-        int | None, typer.Option(metavar="1+4k", help="Frames of the clip. \\[default: the trained length, the most]")
+        int | None, typer.Option(metavar="1+4k", help="Frames of the clip. \\[default: the trained length, without --profile the most]")
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="N≥1", min=1, help="How often each schedule is timed; the median counts.")] = 3,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Instead: where the time of one clip goes, from prompt to file, by phase and kind of work.")
+    ] = False,
 ) -> None:
-    """Measure sampling: tokens per second, passes, seconds to the first frame, peak memory, error against sequential.
+    """Measure sampling: tokens per second, passes, seconds to the first frame, memory, error against sequential in float32.
 
     reelflow bench --model mini --json
     """
     job = Job(options)
     with job.running():
-        from reelflow.evaluation.bench import run, table
+        from reelflow.evaluation import bench as sampling
+        from reelflow.evaluation import profile as whole
 
-        found = run(options.model, options.device, options.precision, frames=frames, repeats=repeats, progress=job.report)
-    job.screen.result(found, table(found))
+        if profile:
+            found = whole.run(options.model, options.device, options.precision, frames, repeats, progress=job.report)
+        else:
+            found = sampling.run(options.model, options.device, (options.precision,), frames=frames, repeats=repeats, progress=job.report)
+        words = (whole if profile else sampling).table(found)
+    job.screen.result(found, words)
 
 
 @evaluate.command()
