@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typer.core import TyperGroup
 
 import reelflow
 from reelflow.cli import clips, inversion, machine, models, training
+from reelflow.cli.ranks import begin, end, first, has_the_word
 from reelflow.cli.screen import one_line, tell
 
 UsageError: Any = typer.BadParameter.__base__
@@ -62,38 +62,38 @@ def about(
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Parse and run; every error is one line on stderr."""
+    """Parse and run; every error is one line on stderr, of all processes together."""
     with warnings.catch_warnings():
         _show_notes()
+        begin()
         try:
-            return _code(typer.main.get_command(app).main(argv, prog_name="reelflow", standalone_mode=False))
+            return end(_code(typer.main.get_command(app).main(argv, prog_name="reelflow", standalone_mode=False)))
         except Exception as error:  # noqa: BLE001 - the border: nothing unexpected may show as pages of traceback
             if os.environ.get(DEBUG):
                 traceback.print_exc()
-            return _explain(error)
+            code, words = _explain(error)
+            if words and has_the_word():
+                tell(words)
+            return end(code)
 
 
 def _code(result: Any) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _explain(error: Exception) -> int:
-    """Say what is wrong; the exit code."""
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code, and what is wrong."""
     if isinstance(error, InterruptedByUserError | typer.Abort):
-        tell(f"interrupted: {one_line(error) or 'nothing was written'}")
-        return 130
+        return 130, f"interrupted: {one_line(error) or 'nothing was written'}"
     if isinstance(error, UsageError):
         context, message = error.ctx, error.format_message()
         if type(error).__name__ == "NoArgsIsHelpError":  # the help itself is the message, or is printed already
-            print(message, end="", file=sys.stderr)
-            return 2
-        tell(f"error: {one_line(message).rstrip('.')}; see: {context.command_path if context else 'reelflow'} --help")
-        return 2
+            return 2, message.removesuffix("\n")
+        return 2, f"error: {one_line(message).rstrip('.')}; see: {context.command_path if context else 'reelflow'} --help"
     if _is_bad_input(error):
-        tell(f"error: {one_line(error)}")
-        return 2
-    tell(f"error: {type(error).__name__}: {one_line(error) or 'no reason given'}; set {DEBUG}=1 and run again to see where")
-    return 1
+        return 2, f"error: {one_line(error)}"
+    where = "" if first() else f"process {os.environ['RANK']}: "
+    return 1, f"error: {where}{type(error).__name__}: {one_line(error) or 'no reason given'}; set {DEBUG}=1 and run again to see where"
 
 
 def _is_bad_input(error: Exception) -> bool:
@@ -110,7 +110,7 @@ def _show_notes() -> None:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
     ) -> None:
         text = one_line(message)
-        if own in Path(filename).parents and text not in said:
+        if own in Path(filename).parents and text not in said and first():
             said.add(text)
             tell(f"note: {text}")
 

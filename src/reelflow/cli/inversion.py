@@ -10,6 +10,7 @@ import typer
 from reelflow.cli.clips import OptionalPrompt, Video
 from reelflow.cli.job import ClipJob, Job, check_clip_output, check_file, sampling
 from reelflow.cli.options import OUTPUT, Decoding, OnModel, Part, Solving, takes
+from reelflow.cli.ranks import first
 
 NoiseSeed = Annotated[int, typer.Option("--seed", metavar="0…2^63−1", help="Of the data noise that is added, as in training.")]
 
@@ -43,7 +44,7 @@ def score(
         source = job.read(video, part)
         pipe = job.load()
         found = pipe.score(source, prompt, seed=seed, progress=job.report)
-        if heat_map:
+        if heat_map and first():
             job.report("writing", 0.0)
             found.heat_map().save(heat_map)
     values = found.to_dict() | {"file": video, "prompt": prompt, "model": pipe.about.name, "map_file": heat_map, "took": job.took}
@@ -78,7 +79,8 @@ def encode(
         check_file(output, ".safetensors")
         source = job.read(video, part)
         found = job.load().encode(source, prompt, seed=seed, progress=job.report)
-        found.save(output)
+        if first():
+            found.save(output)
     values = {"file": output, "shape": list(found.z.shape), "fps": found.fps, "seed": seed, "model": found.model, "took": job.took}
     shape = " × ".join(map(str, found.z.shape))
     job.screen.result(values, f"{output}: noise of {shape} · seed {seed} · took {job.took:.1f} s")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reelflow.cli.options import Making, OnModel, Part, Solving, Writing
+from reelflow.cli.ranks import first
 from reelflow.cli.screen import Report, Screen
 
 if TYPE_CHECKING:
@@ -106,25 +107,29 @@ class ClipJob(Job):
 
         self.seed, self.sampling = new_seed(seed), sampling(self.options)
         self.output = self.options.output or new_name(words, self.seed)
-        check_clip_output(self.output, still)
+        if first():
+            check_clip_output(self.output, still)
 
     def write(self, clip: Clip) -> tuple[Clip, int]:
         """Write a clip. Returns it, and its frames."""
         self.report("writing", 0.0)
-        clip.save(self.output, metadata=self.options.metadata)
+        if first():
+            clip.save(self.output, metadata=self.options.metadata)
         return clip, len(clip)
 
     def write_pieces(self, pieces: Iterator[Clip]) -> tuple[Clip, int]:
         """Write frames as they come. Returns the first piece, and how many frames there were in all."""
         from reelflow.media.write import ClipWriter
 
-        first = next(pieces)
-        metadata = first.metadata if self.options.metadata else None
-        with ClipWriter(self.output, first.fps, first.height, first.width, metadata) as out:
-            out.write(first.frames)
+        start = next(pieces)
+        if not first():
+            return start, len(start) + sum(map(len, pieces))
+        metadata = start.metadata if self.options.metadata else None
+        with ClipWriter(self.output, start.fps, start.height, start.width, metadata) as out:
+            out.write(start.frames)
             for piece in pieces:
                 out.write(piece.frames)
-        return first, out.count
+        return start, out.count
 
     def tell(self, clip: Clip, frames: int | None = None) -> None:
         """One line: file, frames × size, seconds, seed, passes, time. `frames`: all of them, where `clip` is a first piece."""
@@ -144,8 +149,8 @@ class ClipJob(Job):
         if certificate := made.get("certificate"):
             values["certificate"] = certificate
             words += f" · residual {certificate['largest']:.1g} σ at most, {certificate['rms']:.1g} σ rms"
-        if first := made["seconds"].get("first_frame"):
-            words += f" · first frame after {first:.1f} s"
+        if waited := made["seconds"].get("first_frame"):
+            words += f" · first frame after {waited:.1f} s"
         self.screen.result(values, f"{words} · took {self.took:.1f} s")
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from reelflow.cli.ranks import first
+
 Report = Callable[[str, float], None]
 """Called with a phase and the share of it that is done, 0 … 1."""
 
@@ -34,7 +36,7 @@ class Screen:
     def __init__(self, json: bool = False, quiet: bool = False):
         self.json = json
         self.console = Console(stderr=True)
-        self.live = not quiet and self.console.is_terminal and (not json or sys.stdout.isatty())
+        self.live = first() and not quiet and self.console.is_terminal and (not json or sys.stdout.isatty())
 
     @contextmanager
     def progress(self) -> Iterator[Report]:
@@ -56,13 +58,14 @@ class Screen:
             yield report
 
     def result(self, values: Mapping[str, Any], words: str) -> None:
-        """The result: `values` as one line of JSON, or `words`."""
-        print(json.dumps(values, ensure_ascii=False, default=str) if self.json else words, flush=True)
+        """The result: `values` as one line of JSON, or `words`; of several processes the first one's."""
+        if first():
+            print(json.dumps(values, ensure_ascii=False, default=str) if self.json else words, flush=True)
 
     def table(self, values: Any, title: str, columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
         """A table: `values` as one line of JSON, or the rows for reading."""
-        if self.json:
-            print(json.dumps(values, ensure_ascii=False, default=str), flush=True)
+        if self.json or not first():
+            self.result(values, "")
             return
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
