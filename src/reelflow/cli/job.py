@@ -8,10 +8,11 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reelflow.cli.options import Making, OnModel, Part, Solving, Writing
+from reelflow.cli.options import Diffusing, Making, OnModel, Part, Solving, Writing
 from reelflow.cli.ranks import first
 from reelflow.cli.screen import Report, Screen
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from reelflow.clip import Clip
     from reelflow.pipelines import Pipeline
     from reelflow.pipelines.starflow import Sampling
+    from reelflow.pipelines.svd import Diffusion
 
 
 def check_writable(path: str | Path) -> None:
@@ -101,11 +103,26 @@ class ClipJob(Job):
 
     options: Writing
 
-    def settle(self, words: str, seed: int | None, still: bool = False) -> None:
-        """Fix seed, settings and place. Raises ValueError for those that cannot be used; `still`: a picture serves too."""
-        from reelflow.pipelines.base import new_seed
+    def __init__(self, options: Writing, diffusing: Diffusing | None = None):
+        super().__init__(options)
+        self.diffusing = diffusing or Diffusing()
 
-        self.seed, self.sampling = new_seed(seed), sampling(self.options)
+    def settle(self, words: str, seed: int | None, still: bool = False, asked: tuple[str, ...] = ()) -> None:
+        """Fix seed, settings and place. Raises ValueError for those that cannot be used; `still`: a picture serves too.
+
+        asked: options given besides those of the dataclasses.
+        """
+        from reelflow.pipelines import kind
+        from reelflow.pipelines.base import new_seed
+        from reelflow.pipelines.svd import SvdPipeline
+
+        options, diffusing = self.options, self.diffusing
+        self.seed, flows = new_seed(seed), sampling(options)
+        diffuses = diffusion(getattr(options, "guidance", None), diffusing)
+        self.more = {name: value for name, value in (("size", size(diffusing.size)), ("first", getattr(diffusing, "first", None))) if value}
+        family = kind(options.model, options.precision)
+        family.check_options([*given(options, diffusing), *asked], options.model)
+        self.sampling: Sampling | Diffusion = diffuses if family is SvdPipeline else flows
         self.output = self.options.output or new_name(words, self.seed)
         if first():
             check_clip_output(self.output, still)
@@ -154,8 +171,17 @@ class ClipJob(Job):
         self.screen.result(values, f"{words} · took {self.took:.1f} s")
 
 
+def given(*options: object) -> list[str]:
+    """Names of the sampling options of any family that are not at their defaults."""
+    from reelflow.pipelines import Pipeline
+    from reelflow.pipelines.svd import SvdPipeline
+
+    changed = [f.name for some in options for f in fields(some) if getattr(some, f.name) != f.default]  # type: ignore[arg-type]
+    return [name for name in (name.replace("_", "-") for name in changed) if name in Pipeline.options | SvdPipeline.options]
+
+
 def sampling(options: Solving) -> Sampling:
-    """The settings as the pipelines take them. Raises ValueError for values that are not usable."""
+    """The settings as flows take them. Raises ValueError for values that are not usable."""
     from reelflow.pipelines.starflow import Sampling
     from reelflow.sampling import Schedule
 
@@ -163,3 +189,22 @@ def sampling(options: Solving) -> Sampling:
     if isinstance(options, Making):
         return Sampling(options.guidance, schedule, options.denoise, ring=options.ring, certify=options.certify)
     return Sampling(schedule=schedule)
+
+
+def diffusion(guidance: float | None, options: Diffusing) -> Diffusion:
+    """The settings as Stable Video Diffusion takes them. Raises ValueError for values that are not usable."""
+    from reelflow.pipelines.svd import Diffusion
+
+    names = {f.name for f in fields(Diffusion)} & {f.name for f in fields(options)}
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return Diffusion(guidance=guidance, **chosen)
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of `1024x576`. Raises ValueError for other texts."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if not found:
+        raise ValueError(f"size {text!r} is not WIDTHxHEIGHT in pixels, such as 1024x576")
+    return int(found[1]), int(found[2])

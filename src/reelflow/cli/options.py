@@ -105,7 +105,8 @@ class Making(Writing):
         float | None,
         typer.Option(
             "--guidance", rich_help_panel=SAMPLING, metavar="W≥0",
-            help="Weight of the prompt; 0 switches it off and halves the work of the deep block. \\[default: the model's own]",
+            help="Weight of the prompt; 0 switches it off and halves the work of the deep block. svd: of the picture, in the last frame; 1 "
+            "switches it off. \\[default: the model's own]",
         ),
     ] = None  # fmt: skip
     denoise: Annotated[
@@ -133,6 +134,74 @@ class Making(Writing):
     ] = False  # fmt: skip
 
 
+SVD = "Sampling with svd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusing:
+    """How Stable Video Diffusion samples; other families refuse what is given here."""
+
+    motion: Annotated[
+        int | None, typer.Option("--motion", metavar="1…255", rich_help_panel=SVD, help="How much moves. \\[default: 127]")
+    ] = None
+    fps: Annotated[
+        int | None,
+        typer.Option(
+            "--fps", metavar="3…30", rich_help_panel=SVD,
+            help="Frames per second the motion is meant for: fewer, more happens between two frames. \\[default: 7; of a video, its own]",
+        ),
+    ] = None  # fmt: skip
+    playback: Annotated[
+        float | None,
+        typer.Option("--playback", metavar="0.1…240", rich_help_panel=SVD, help="Frames per second of the file. \\[default: as --fps]"),
+    ] = None
+    noise_aug: Annotated[
+        float | None,
+        typer.Option(
+            "--noise-aug", metavar="0…1", rich_help_panel=SVD,
+            help="Standard deviation of the noise on the picture (black −1, white 1): more lets the clip leave it. \\[default: 0.02]",
+        ),
+    ] = None  # fmt: skip
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="1…1000", rich_help_panel=SVD, help="Euler steps; time grows with them. \\[default: 25]"),
+    ] = None
+    first_guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--first-guidance", metavar="W≥0", rich_help_panel=SVD,
+            help="Guidance in the first frame; from there it rises evenly to --guidance. \\[default: 1]",
+        ),
+    ] = None  # fmt: skip
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", metavar="WxH", rich_help_panel=SVD,
+            help="Pixels, multiples of 64; the picture is cut to it, never squashed. \\[default: 1024x576, upright 576x1024]",
+        ),
+    ] = None  # fmt: skip
+    reference: Annotated[
+        Literal["stability", "diffusers"] | None,
+        typer.Option(
+            "--reference", rich_help_panel=SVD,
+            help="Whose numbers: stability, as the weights were trained, or diffusers, whose norms differ. \\[default: stability]",
+        ),
+    ] = None  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painting(Diffusing):
+    """A first frame is painted from the prompt, then set in motion."""
+
+    first: Annotated[
+        str | None,
+        typer.Option(
+            "--first", metavar="NAME|FOLDER|HF-ID", rich_help_panel=SVD,
+            help="Model of the first frame: a STARFlow, or a text-to-image model of diffusers. \\[default: mini]",
+        ),
+    ] = None  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Length:
     """How long a new clip is."""
@@ -142,7 +211,8 @@ class Length:
         typer.Option("--seconds", metavar="S>0", help="Length in seconds, to the nearest the model makes. \\[default: the trained one]"),
     ] = None
     frames: Annotated[
-        int | None, typer.Option("--frames", metavar="1+4k", help="Length in frames instead: 1, 5, 9 … (1 + 4k with a video model).")
+        int | None,
+        typer.Option("--frames", metavar="N", help="Length in frames instead: 1 + 4k (1, 5, 9 …) with STARFlow-V, any with svd."),
     ] = None
 
 
