@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_the_one_before_and_says_so_in_one_line(tmp_path: Pat
         found.save(2, state(2.0))
         with pytest.warns(UserWarning, match="could not be written") as said:
             found.wait()
-    (line,) = (str(warning.message) for warning in said if issubclass(warning.category, UserWarning))
+    (line,) = (str(warning.message) for warning in said if "torch.distributed is disabled" not in str(warning.message))
     assert line.startswith("step 2: the checkpoint could not be written (")
     assert "that of step 1 stays good; free space under" in line
     assert "\n" not in line

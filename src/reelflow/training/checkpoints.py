@@ -44,6 +44,8 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
         self._stager: DefaultStager | None = None
+        # torch notes that one process is one process; catching it where it is said, in a thread, would change filters for all
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if ranks.first:
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -101,9 +103,8 @@ class Checkpoints:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            with quiet():
-                writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-                dcp.save(state, storage_writer=writer, process_group=self.ranks.files, no_dist=self.ranks.files is None)
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(state, storage_writer=writer, process_group=self.ranks.files, no_dist=self.ranks.files is None)
             if self.ranks.first:
                 files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
                 with (partial / "run.json").open("w", encoding="utf-8") as file:
@@ -167,9 +168,8 @@ class Checkpoints:
 def read_into(folder: Path, state: State | dict[str, Tensor], ranks: Ranks) -> None:
     """Fill tensors, each as it is sharded, from the safetensors files of a folder. Raises ValueError where they are damaged."""
     try:
-        with quiet():
-            reader = HuggingFaceStorageReader(str(folder))
-            dcp.load(state, storage_reader=reader, process_group=ranks.files, no_dist=ranks.files is None)
+        reader = HuggingFaceStorageReader(str(folder))
+        dcp.load(state, storage_reader=reader, process_group=ranks.files, no_dist=ranks.files is None)
     except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         raise ValueError(f"{folder}: cannot be read ({reason(error)}); it is damaged") from None
 
@@ -204,8 +204,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def quiet() -> warnings.catch_warnings:
-    """torch notes that one process is one process."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
