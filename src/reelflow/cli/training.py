@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from reelflow.cli.job import check_writable
 from reelflow.cli.options import OUTPUT, Printing, takes
+from reelflow.cli.prepare import TrainCommand
 from reelflow.cli.screen import Screen, tell
 
 
@@ -32,6 +33,8 @@ def train(
     """Train a model, or adapters of one. A folder with a checkpoint is resumed where it stopped, also after it was killed.
 
     reelflow train examples/mini.yaml lr=1e-4 --folder runs/first
+
+    Encode the clips once, before: reelflow train prepare CONFIG.yaml (see its --help).
 
     Several GPUs or machines: torchrun --nproc-per-node 8 -m reelflow train …
     """
@@ -85,4 +88,4 @@ def _words(row: dict[str, Any]) -> str:
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(train)
+    app.command(cls=TrainCommand)(train)

@@ -126,7 +126,8 @@ def _readable(key: str, media: Media | None) -> Iterator[Path]:
         try:
             yield path
         except MediaError as error:
-            raise UnusableError("that cannot be decoded", str(error).replace(str(path), key)) from None
+            words = str(error) if path == media else str(error).replace(str(path), key)
+            raise UnusableError("that cannot be decoded", words) from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ class Folder:
     """Every video and picture under a folder, in the order of their names.
 
     A caption is taken from a table (`metadata.jsonl` or `metadata.csv`, Hugging Face's convention: `file_name` is relative to the
-    table; `source_file_name` names the clip before an edit) or from the `.txt` of the same name.
+    table; `source_file_name` names the clip before an edit) or from the `.txt` of the same name. Keys begin with the folder's own
+    name, so that the same clips are the same data wherever they lie.
 
     Raises:
         ValueError: no such folder, nothing in it, no caption anywhere, or a table that cannot be read.
@@ -33,7 +35,7 @@ class Folder:
         rows = {path: row for table in TABLES for found in sorted(folder.rglob(table)) for path, row in _table(found, caption)}
         sources = {row["source"] for row in rows.values() if row["source"]}
         files = {path for path in folder.rglob("*") if _is_clip(path, folder) and path not in sources} | rows.keys()
-        self._samples = [_sample(path, rows.get(path)) for path in sorted(files)]
+        self._samples = [_sample(path, folder, rows.get(path)) for path in sorted(files)]
         if not self._samples:
             raise ValueError(f"{folder}: no videos or pictures here; give the folder that holds them (data.folder)")
         if not any(sample.captions for sample in self._samples):
@@ -53,7 +55,7 @@ class Folder:
 
 def _checksum(samples: list[Sample]) -> int:
     """Changes with a name or a caption."""
-    return crc32("\n".join(f"{sample.key}\t{sample.captions}\t{sample.source}" for sample in samples).encode())
+    return crc32("\n".join(f"{sample.key}\t{sample.captions}\t{sample.source is None}" for sample in samples).encode())
 
 
 def _is_clip(path: Path, folder: Path) -> bool:
@@ -61,7 +63,8 @@ def _is_clip(path: Path, folder: Path) -> bool:
     return not hidden and media_suffix(path.name) is not None and path.is_file()
 
 
-def _sample(path: Path, row: dict[str, Any] | None) -> Sample:
+def _sample(path: Path, folder: Path, row: dict[str, Any] | None) -> Sample:
+    key = f"{folder.absolute().name}/{Path(os.path.relpath(path, folder)).as_posix()}"
     captions = row["captions"] if row else ()
     beside = path.with_suffix(".txt")
     if not captions and beside.is_file():
@@ -69,7 +72,7 @@ def _sample(path: Path, row: dict[str, Any] | None) -> Sample:
             captions = said(beside.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{beside}: not UTF-8 ({error.reason}); save it as UTF-8") from None
-    return Sample(str(path), path, captions, row["source"] if row else None)
+    return Sample(key, path, captions, row["source"] if row else None)
 
 
 def _table(path: Path, caption: str) -> Iterator[tuple[Path, dict[str, Any]]]:

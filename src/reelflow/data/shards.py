@@ -46,9 +46,10 @@ class Shards:
         files = _members(url) if _in_place(url) else _stream(url)
         try:
             for found in group_by_keys(files):
-                yield self._sample(f"{url}/{found['__key__']}", found)
+                yield self._sample(f"{_name(url)}/{found['__key__']}", found)
         except ENDS as error:
-            raise ValueError(f"{url}: the shard cannot be read ({_reason(error)}); check that it is there and whole, then go on") from None
+            shown = url.split("?")[0]  # what follows may be a key
+            raise ValueError(f"{shown}: the shard cannot be read ({_reason(error)}); see that it is there and whole") from None
 
     def _sample(self, key: str, found: dict[str, Any]) -> Sample:
         clips = {name: data for name, data in found.items() if not name.startswith("__") and media_suffix(f".{name}")}
@@ -96,10 +97,15 @@ def _in_place(url: str) -> bool:
 def _facts(url: str) -> tuple[str, int | None]:
     """Name and number of samples, of a file on disk."""
     if "://" in url:
-        return url, None
+        return _name(url), None
     if not Path(url).is_file():
         raise ValueError(f"{url}: no such shard; give tar files or URLs of them (data.shards)")
-    return f"{url} ({Path(url).stat().st_size} bytes)", None
+    return f"{_name(url)} ({Path(url).stat().st_size} bytes)", None
+
+
+def _name(url: str) -> str:
+    """The same wherever the shards lie."""
+    return "/".join(url.split("?")[0].rsplit("/", 2)[-2:])
 
 
 def _members(url: str) -> Iterator[dict[str, Any]]:

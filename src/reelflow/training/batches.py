@@ -1,4 +1,7 @@
-"""Batches for the flow from cached latents: tasks, prompts and shapes as the configuration's buckets say.
+"""Which clips make up the batch of a step: tasks, shapes, prompts and order, as a function of (seed, step) alone.
+
+Every bucket goes through the clips that are long enough for it epoch by epoch, each in an order of its own; a batch has one
+task, one length and one aspect.
 
 Shapes: B batch, F latent frames, C channels, h × w places.
 """
@@ -6,6 +9,8 @@ Shapes: B batch, F latent frames, C channels, h × w places.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,100 +18,207 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reelflow.adapters.text import wrap_prompt
+from reelflow.adapters.text import TextEncoder, wrap_prompt
 from reelflow.training.config import Bucket, TrainConfig
-from reelflow.training.latents import read_shard
+from reelflow.training.shards import Entry, PreparedLatents
 
 PREFIX = {"image": "", "generate": "", "extend": "(extend) ", "edit": "(v2v) "}
 
 
-class Batch(NamedTuple):
-    """Standardised, scaled latents (B, F, C, h, w) without noise, and their wrapped prompts."""
+class Rows(Sequence[Tensor]):
+    """The rows (F, C, h, w) of a batch, each made when it is asked for: of the batch, a rank reads its own rows."""
 
-    latents: Tensor
+    def __init__(self, make: Callable[[int], Tensor], count: int):
+        self._make, self._count = make, count
+
+    def __getitem__(self, row: int) -> Tensor:  # type: ignore[override]
+        if not 0 <= row < self._count:
+            raise IndexError(row)
+        return self._make(row)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def stack(self) -> Tensor:
+        """All of them (B, F, C, h, w)."""
+        return torch.stack(list(self))
+
+
+class Batch(NamedTuple):
+    """Standardised, scaled latents, rows of (F, C, h, w), without noise, and their wrapped prompts."""
+
+    latents: Tensor | Rows
     prompts: list[str]
 
 
-class Samples(NamedTuple):
-    """All cached samples of one kind and length; an edit holds its source and target as two tensors."""
+class Plan(NamedTuple):
+    """The batch of a step before anything is read."""
 
-    latents: tuple[Tensor, ...]
-    captions: list[list[str]]
+    step: int
+    bucket: Bucket
+    aspect: str
+    draws: range
+    """Numbers of its rows among all draws from the clips of this length and aspect."""
+    prompts: list[str]
+    starts: list[float]
+    """Where rows of the task extend begin, 0 … 1 of where they can."""
 
 
-class CachedLatents:
-    """`batch(step)` is a function of (seed, step) alone, whatever was asked before.
+def wrapped(config: TrainConfig, text: str, task: str, aspect: str) -> str:
+    """A caption as the text encoder reads it; `text` has its task's prefix, or is empty."""
+    wrap = config.about.prompt
+    return wrap_prompt(
+        text, fps=config.about.fps if wrap.fps else None, image=task == "image",
+        noise_std=config.flow.noise_std if wrap.noise else None, aspect=aspect if wrap.aspect else None,
+    )  # fmt: skip
+
+
+def needed(bucket: Bucket) -> int:
+    """Latent frames of a clip that serves a bucket."""
+    return bucket.frames + (bucket.task == "extend")
+
+
+class Planner:
+    """`plan(step)`: the batch of a step, whatever was asked before.
 
     Raises:
-        ValueError: an empty folder, or a bucket for which the folder has no samples that long.
+        ValueError: a bucket for which no clip is long enough.
     """
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        found: dict[tuple[str, int], list[tuple[dict[str, Tensor], list[list[str]]]]] = defaultdict(list)
-        for path in sorted(Path(config.latents).glob("*.safetensors")):
-            tensors, captions = read_shard(path)
-            kind = "edits" if "source" in tensors else "clips"
-            found[kind, next(iter(tensors.values())).shape[1]].append((tensors, captions))
-        if not found:
-            raise ValueError(f"{config.latents}: no cached latents here; make them with: python -m reelflow.training.latents")
-        self.samples = {}
-        for (kind, frames), shards in found.items():
-            names = ("source", "target") if kind == "edits" else ("latents",)
-            latents = tuple(torch.cat([shard[0][name] for shard in shards]) for name in names)
-            self.samples[kind, frames] = Samples(latents, [words for shard in shards for words in shard[1]])
-        for stage in config.stages:
-            for bucket in stage.buckets:
-                self.serving(bucket)
+    def __init__(self, config: TrainConfig, entries: Sequence[Entry], where: object):
+        self.config, self.entries = config, entries
+        self._usable: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
+        self._starts: list[int] = []
+        self._drawn: dict[tuple[bool, int, str], int] = defaultdict(int)
+        for bucket in (bucket for stage in config.stages for bucket in stage.buckets):
+            edit, least = key = bucket.task == "edit", needed(bucket)
+            found: dict[str, list[int]] = defaultdict(list)
+            for index, entry in enumerate(entries):
+                if entry.edit == edit and entry.frames >= least:
+                    found[entry.aspect].append(index)
+            if not found:
+                longest = max((entry.frames for entry in entries if entry.edit == edit), default=0)
+                kind = "edits" if edit else "clips"
+                words = f"the longest has {longest}" if longest else f"there are no {kind}"
+                raise ValueError(f"{where}: no {kind} of {least} latent frames for the bucket {bucket.task}; {words}")
+            self._usable[key] = {aspect: np.array(indices) for aspect, indices in sorted(found.items())}
+        self._order = lru_cache(16)(self._new_order)
 
-    def captions(self) -> list[str]:
-        """Every caption, wrapped and with its prefixes: what a tokenizer is fitted to."""
-        words = {text for samples in self.samples.values() for phrasings in samples.captions for text in phrasings}
-        return [self.wrap(PREFIX[task] + text, task) for text in sorted(words) for task in ("image", "extend", "edit")]
-
-    def serving(self, bucket: Bucket) -> list[Samples]:
-        """The samples that are long enough for a bucket; of images, every kind of clip's first frame."""
-        kind = "edits" if bucket.task == "edit" else "clips"
-        needed = bucket.frames + (bucket.task == "extend")
-        usable = [samples for (own, frames), samples in sorted(self.samples.items()) if own == kind and frames >= needed]
-        if not usable:
-            raise ValueError(f"{self.config.latents}: no {kind} of {needed} latent frames for the bucket {bucket.task}; cache longer ones")
-        return usable
-
-    def __call__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.config.seed, step))
-        bucket = self._bucket(step, rng)
-        usable = self.serving(bucket)
-        sizes = np.array([len(samples.captions) for samples in usable])
-        rows, prompts = [], []
-        for source in rng.choice(len(usable), bucket.batch, p=sizes / sizes.sum()):
-            samples = usable[source]
-            row = int(rng.integers(len(samples.captions)))
-            rows.append(self._take(samples, row, bucket, rng))
-            phrasings = samples.captions[row]
+    def plan(self, step: int) -> Plan:
+        while len(self._starts) <= step:  # where each bucket stands follows from the choices of all steps before
+            bucket, aspect, _ = self._choose(len(self._starts))
+            key = (bucket.task == "edit", needed(bucket), aspect)
+            self._starts.append(self._drawn[key])
+            self._drawn[key] += bucket.batch
+        bucket, aspect, rng = self._choose(step)
+        draws = range(self._starts[step], self._starts[step] + bucket.batch)
+        prompts, starts = [], []
+        for draw in draws:
+            phrasings = next(self.draw(bucket, aspect, draw))[0].captions
             usual = min(2, len(phrasings)) if rng.random() < 0.75 else len(phrasings)  # the first ones are the canonical phrasings
             text = phrasings[int(rng.integers(usual))]
             text = "" if rng.random() < self.config.text_drop else PREFIX[bucket.task] + text
-            prompts.append(self.wrap(text, bucket.task))
-        return Batch(torch.stack(rows), prompts)
+            prompts.append(wrapped(self.config, text, bucket.task, aspect))
+            starts.append(float(rng.random()))
+        return Plan(step, bucket, aspect, draws, prompts, starts)
 
-    def wrap(self, text: str, task: str) -> str:
-        about = self.config.about
-        noise = self.config.flow.noise_std if about.prompt.noise else None
-        aspect = "1:1" if about.prompt.aspect else None
-        return wrap_prompt(text, fps=about.fps if about.prompt.fps else None, image=task == "image", noise_std=noise, aspect=aspect)
+    def draw(self, bucket: Bucket, aspect: str, draw: int) -> Iterator[tuple[Entry, int]]:
+        """The clip of a draw and its epoch; after it those that stand in for it, where it turns out not to be usable."""
+        key = (bucket.task == "edit", needed(bucket))
+        indices = self._usable[key][aspect]
+        epoch, place = divmod(draw, len(indices))
+        order = self._order(*key, aspect, epoch)
+        for other in range(len(indices)):
+            yield self.entries[order[(place + other) % len(indices)]], epoch
 
-    def _bucket(self, step: int, rng: np.random.Generator) -> Bucket:
-        stage = self.config.stage(step)
-        shares = np.array([bucket.share for bucket in stage.buckets])
-        return stage.buckets[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    def _new_order(self, edit: bool, least: int, aspect: str, epoch: int) -> np.ndarray:
+        across, down = map(int, aspect.split(":"))
+        rng = np.random.default_rng((self.config.seed, epoch, edit, least, across, down))
+        return rng.permutation(self._usable[edit, least][aspect])
 
-    def _take(self, samples: Samples, row: int, bucket: Bucket, rng: np.random.Generator) -> Tensor:
-        """One sample (F, C, h, w), frames after a clip's first one scaled."""
-        parts = []
-        for latents in samples.latents:
-            start = int(rng.integers(1, latents.shape[1] - bucket.frames + 1)) if bucket.task == "extend" else 0
-            part = latents[row, start : start + bucket.frames].float()
-            part[0 if start else 1 :] *= self.config.about.latent_scale
-            parts.append(part)
-        return torch.cat(parts)
+    def _choose(self, step: int) -> tuple[Bucket, str, np.random.Generator]:
+        """Bucket and aspect of a step, aspects as often as they have clips, and the generator for all that follows."""
+        rng = np.random.default_rng((self.config.seed, step))
+        buckets = self.config.stage(step).buckets
+        shares = np.array([bucket.share for bucket in buckets])
+        bucket = buckets[int(rng.choice(len(buckets), p=shares / shares.sum()))]
+        usable = self._usable[bucket.task == "edit", needed(bucket)]
+        sizes = np.array([len(indices) for indices in usable.values()])
+        return bucket, list(usable)[int(rng.choice(len(sizes), p=sizes / sizes.sum()))], rng
+
+    def captions(self) -> list[str]:
+        """Every caption, wrapped and with its prefixes: what a tokenizer is fitted to."""
+        found = {(text, entry.aspect) for entry in self.entries for text in entry.captions}
+        tasks = ("image", "extend", "edit")
+        return [wrapped(self.config, PREFIX[task] + text, task, aspect) for text, aspect in sorted(found) for task in tasks]
+
+
+def finish(config: TrainConfig, plan: Plan, row: int, mean: Tensor, std: Tensor | None, scaled_first: bool) -> Tensor:
+    """One row (F, C, h, w) of a batch from its clips (clips, f, C, h, w): drawn from the posterior where it has a deviation, and
+    scaled: frames after a clip's first one (also that one where it is not the first of its video)."""
+    if std is not None:
+        seed = np.random.SeedSequence((config.seed, plan.step, row, 1)).generate_state(1)[0]
+        mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(seed)))
+    latents = mean.clone()
+    latents[:, 0 if scaled_first else 1 :] *= config.about.latent_scale
+    return latents.flatten(0, 1)
+
+
+class CachedLatents:
+    """Batches from prepared latents. `source(step)` is a function of (seed, step) alone, whatever was asked before.
+
+    Raises:
+        ValueError: nothing is prepared, it does not fit the model, or a bucket for which no clip is long enough.
+    """
+
+    def __init__(self, config: TrainConfig):
+        assert config.latents is not None
+        self.config, self.prepared = config, PreparedLatents(Path(config.latents))
+        self.planner = Planner(config, self.prepared.entries, config.latents)
+        first = self.prepared.entries[0]
+        channels = self.prepared.read(first, 0, 1)[0].shape[2]
+        if channels != config.flow.channels:
+            raise ValueError(f"{config.latents}: latents of {channels} channels, flow.channels is {config.flow.channels}; use their codec")
+        self.sampled = config.data.posterior == "sample" if config.data else self.prepared.read(first, 0, 1)[1] is not None
+
+    def captions(self) -> list[str]:
+        """Every caption, wrapped and with its prefixes."""
+        return self.planner.captions()
+
+    def with_texts(self, text: TextEncoder) -> TextEncoder:
+        """The text encoder, or one that knows what was prepared, if text states were."""
+        return PreparedText(text, self.prepared) if self.prepared.has_texts else text
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def __call__(self, step: int) -> Batch:
+        plan = self.planner.plan(step)
+        return Batch(Rows(lambda row: self._row(plan, row), len(plan.draws)), plan.prompts)
+
+    def _row(self, plan: Plan, row: int) -> Tensor:
+        entry, _ = next(self.planner.draw(plan.bucket, plan.aspect, plan.draws[row]))
+        places = entry.frames - plan.bucket.frames  # where an extension can begin: anywhere but at the first latent frame
+        start = 1 + int(plan.starts[row] * places) if plan.bucket.task == "extend" else 0
+        mean, std = self.prepared.read(entry, start, plan.bucket.frames)
+        if self.sampled and std is None:
+            raise ValueError(f"{entry.file}: holds means without deviations; use data.posterior=mean, or prepare the data anew")
+        return finish(self.config, plan, row, mean, std if self.sampled else None, start > 0)
+
+
+class PreparedText(TextEncoder):
+    """A text encoder that has been asked before: prompts it knows are read from disk, others computed."""
+
+    def __init__(self, encoder: TextEncoder, prepared: PreparedLatents):
+        super().__init__(encoder.model, encoder.tokenizer, encoder.tokens)
+        self.prepared = prepared
+
+    def states(self, prompts: list[str]) -> Tensor:
+        known = [self.prepared.text(prompt) for prompt in prompts]
+        new = [prompt for prompt, states in zip(prompts, known, strict=True) if states is None]
+        computed = iter(super().states(new)) if new else iter(())
+        device = next(self.model.parameters()).device
+        padded = [
+            next(computed) if states is None else torch.nn.functional.pad(states, (0, 0, 0, self.tokens - len(states))) for states in known
+        ]
+        return torch.stack([states.to(device, non_blocking=True) for states in padded])

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from reelflow.config import FlowConfig, ModelConfig, Strict
+from reelflow.data.config import DataConfig
 
 Task = Literal["image", "generate", "extend", "edit"]
 
@@ -62,8 +63,9 @@ class TrainConfig(Strict):
     about: ModelConfig
     """The model folder's own config.json."""
     flow: FlowConfig
-    latents: Path
-    """Folder of cached latents (`python -m reelflow.training.latents`)."""
+    latents: Path | None = None
+    """Folder of prepared latents (`reelflow train prepare`); None: train on the clips of `data` as they are."""
+    data: DataConfig | None = None
     """Where clips and captions come from."""
     vae: Path
     """Folder of the video codec, copied into the trained model."""
@@ -133,6 +135,8 @@ class TrainConfig(Strict):
 
     def _wrong(self) -> Iterator[str]:
         """Keys that do not go together."""
+        if self.latents is None and self.data is None:
+            yield "nothing to train on; say under data where the clips are, or give latents that were prepared"
         new_text = isinstance(self.text, TextConfig)
         if self.lora and not self.init:
             yield "lora adapts a model; say which one with init"

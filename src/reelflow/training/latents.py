@@ -1,189 +1,220 @@
-"""Render toybox and keep its latents: what the flow of `mini` is trained on.
+"""Prepare training data: decode every clip once, keep its latents, and what the text encoder makes of its caption.
 
-    python -m reelflow.training.latents runs/latents --vae src/reelflow/weights/mini/vae --clips 4096 --workers 2
+    reelflow train prepare examples/mini.yaml
+    torchrun --nproc-per-node 2 -m reelflow train prepare examples/mini.yaml     # the parts of the data are shared
 
-A shard is one safetensors file of samples of one kind and length:
+Everything that is written follows from the data and the configuration: stopped at any time and started again, also with
+another number of ranks, it goes on after the last whole shard, and the result is the same.
 
-    clips    `latents` (N, f, 48, h, w), f = 1 + (frames - 1) / 4
-    edits    `source` and `target`, (N, f, 48, h, w) each
-
-in bfloat16: posterior means, standardised with the mean and std of the VAE's config, not yet multiplied by the latent scale.
-The header carries `kind`, `frames`, `seed`, `first` (index of the first sample) and `captions`, JSON: a list of true
-phrasings for each sample. The VAE is causal, so the first latent frames of a clip are exactly the latents of its beginning:
-a 33-frame sample also serves as 1, 5, 9 … frames. A shard follows from (seed, kind, frames, number); one that is there is kept.
+Legend: N clips, F frames, H × W pixels, f latent frames, h × w latent places, C latent channels.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLWan
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from reelflow.data.toybox import captions, edit_pair, render, sample_scene
-from reelflow.training.one_pass import OnePass, channels_last
-from reelflow.training.vae import to_pixels
+from reelflow.adapters.hub import part_folder
+from reelflow.adapters.text import TextEncoder, load_text_encoder
+from reelflow.data.ahead import ahead
+from reelflow.data.decode import Piece
+from reelflow.data.failures import Failures, UnusableError
+from reelflow.data.opening import open_sources
+from reelflow.data.source import Joined, Sample
+from reelflow.training.batches import PREFIX, wrapped
+from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.encoder import PIXELS, Encoder, view_of
+from reelflow.training.shards import SHARD, Header, Prepared, claim, finished, read_header, shard_path, write_shard
 
-SAMPLES = 64
-"""Samples per shard of 33 frames; shorter clips make longer shards, so that every shard takes about as long."""
 
+class Item(NamedTuple):
+    """A sample on its way into a shard; None where the shard ends, `last` if its part ends there too."""
 
-@dataclass(frozen=True)
-class Shard:
-    """Samples `first` to `first + count - 1` of a kind ("clips" or "edits") with `frames` frames each."""
-
-    kind: str
-    frames: int
+    part: int
     number: int
-
-    @property
-    def count(self) -> int:
-        return SAMPLES * max(33 // self.frames, 1) // (2 if self.kind == "edits" else 1)
-
-    @property
-    def first(self) -> int:
-        return self.number * self.count
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.frames:03d}-{self.number:05d}.safetensors"
+    sample: Sample | None
+    last: bool = False
 
 
-class Encoder:
-    """Standardised posterior means of a diffusers VAE folder; on the CPU in bfloat16 arithmetic unless `exact`."""
-
-    def __init__(self, folder: str | Path, exact: bool = False, fused: bool = False) -> None:
-        vae = AutoencoderKLWan.from_pretrained(str(folder)).float().eval().requires_grad_(False)
-        channels_last(vae)
-        self.model, self.exact = OnePass(vae, fused), exact
-        self.mean, self.std = (torch.tensor(values).view(1, 1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-
-    @torch.inference_mode()
-    def __call__(self, frames: Tensor, piece: int = 4 * 33) -> Tensor:
-        """uint8 (N, F, H, W, 3), F = 1 + 4n → float32 (N, 1 + n, 48, H/16, W/16); about `piece` frames at a time."""
-        found = []
-        for some in frames.split(max(piece // frames.shape[1], 1)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=not self.exact):
-                found.append(self.model.encode(to_pixels(some)).float().chunk(2, 1)[0].transpose(1, 2))
-        return (torch.cat(found) - self.mean) / self.std
-
-
-def encode_shard(encoder: Encoder, shard: Shard, seed: int) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Tensors and captions of one shard."""
-    indices = range(shard.first, shard.first + shard.count)
-    if shard.kind == "edits":
-        before, after, words = zip(*(edit_pair(seed, index) for index in indices), strict=True)
-        tensors = {"source": encoder(render(before, shard.frames)), "target": encoder(render(after, shard.frames))}
-        return tensors, [[text] for text in words]
-    # Images and short clips show other scenes than the long ones.
-    scenes = [sample_scene(seed + 1000 * shard.frames, index) for index in indices]
-    return {"latents": encoder(render(scenes, shard.frames))}, [list(captions(scene)) for scene in scenes]
+def items(source: Joined, folder: Path, parts: range) -> Iterator[Item]:
+    """The samples of all shards of these parts that are not there yet, each shard followed by its end."""
+    for part in parts:
+        if finished(folder, part):
+            continue
+        samples, number = source.samples(part), 0
+        sample = next(samples, None)
+        while True:
+            there = shard_path(folder, part, number).exists()
+            for _ in range(SHARD):
+                if sample is None:
+                    break
+                if not there:
+                    yield Item(part, number, sample)
+                sample = next(samples, None)
+            if not there:
+                yield Item(part, number, None, sample is None)
+            if sample is None:
+                break
+            number += 1
 
 
-def write_shard(encoder: Encoder, shard: Shard, folder: Path, seed: int) -> None:
-    """Encode and write one shard, under a temporary name first."""
-    tensors, words = encode_shard(encoder, shard, seed)
-    about = {"kind": shard.kind, "frames": shard.frames, "seed": seed, "first": shard.first}
-    header = {key: str(value) for key, value in about.items()} | {"captions": json.dumps(words)}
-    temporary = folder / f".{shard.name}.tmp"
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}, temporary, header)
-    temporary.replace(folder / shard.name)
+@dataclass
+class Shard:
+    """What has come of a shard so far."""
+
+    samples: list[Prepared] = field(default_factory=list)
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-def read_shard(path: str | Path) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Tensors (bfloat16) and captions of a shard."""
-    with safe_open(str(path), "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["captions"])  # noqa: SIM118
+class Preparation:
+    """One process that prepares its share of the data.
 
-
-def plan(clips: Mapping[int, int], edits: Mapping[int, int]) -> list[Shard]:
-    """The shards with at least so many samples per number of frames, kinds and lengths taking turns.
-
-    Raises ValueError for a number of frames that is not 1 + 4n.
+    Raises:
+        ValueError: a source, codec or text encoder that cannot be read or does not fit; a folder of other latents.
     """
-    queues = []
-    for kind, wanted in (("clips", clips), ("edits", edits)):
-        for frames, count in wanted.items():
-            if frames < 1 or (frames - 1) % 4:
-                raise ValueError(f"{frames} frames: the VAE takes 1 + 4n, for example {1 + 4 * round((frames - 1) / 4)}")
-            queues.append([Shard(kind, frames, number) for number in range(-(-count // Shard(kind, frames, 0).count))])
-    order = [(place / len(queue), shard) for queue in queues for place, shard in enumerate(queue)]
-    return [shard for _, shard in sorted(order, key=lambda entry: entry[0])]
+
+    def __init__(self, config: TrainConfig, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1):
+        if config.data is None:
+            raise ValueError("nothing to prepare; say under data where the clips are (folder, shards, hub or toybox)")
+        if config.latents is None:
+            raise ValueError("nowhere to put latents; name a folder with latents=…")
+        self.config, self.data, self.folder = config, config.data, Path(config.latents)
+        self.encoder = Encoder(config.vae, exact=config.precision == "float32", device=device)
+        self.view, self.lengths = view_of(config, self.encoder)
+        self.source = Joined(open_sources(self.data, self.lengths.clips, self.lengths.edits))
+        self.parts = self.source.parts()
+        self.mine, self.first = range(rank, len(self.parts), ranks), rank == 0
+        self.text = _text_encoder(config, device) if self.data.text_states else None
+        claim(self.folder, config, [part.name for part in self.parts])
+        self.failures = Failures(self.folder / "failures.jsonl", self.data.max_failed_share)
+        for header in self._headers(self.mine):
+            self.failures.seen(len({sample["key"] for sample in header.samples}) + len(header.failures))
+            for failure in header.failures:
+                self.failures.add(*failure)
+
+    def run(self, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+        """Write what is missing. Returns the last row: clips, failed, share done, seconds left.
+
+        Args:
+            on_row: called with such a row after every shard.
+
+        Raises:
+            ValueError: too many clips that cannot be used, a part that cannot be read, no room on the disk.
+        """
+        done = sum(finished(self.folder, part) for part in self.mine)
+        began, before = time.monotonic(), done / max(1, len(self.mine))
+        shard, row = Shard(), self._row(before, None)
+        pieces: list[tuple[Sample, Piece]] = []
+        work = ahead(self._decode, items(self.source, self.folder, self.mine), self.data.workers, 2 * self.data.workers)
+        for item, found in work:
+            if item.sample is not None:
+                self.failures.seen()
+                if isinstance(found, UnusableError):
+                    shard.failures.append((item.sample.key, found.reason, str(found)))
+                    self.failures.add(*shard.failures[-1])
+                    continue
+                if pieces and (pieces[0][1].frames.shape != found[0].frames.shape or _pixels(pieces) >= PIXELS):
+                    shard.samples += self._encode(pieces)
+                    pieces = []
+                pieces += [(item.sample, piece) for piece in found]
+                continue
+            shard.samples += self._encode(pieces)
+            path = shard_path(self.folder, item.part, item.number)
+            write_shard(path, shard.samples, item.last, shard.failures, self._states(shard.samples))
+            shard, pieces, done = Shard(), [], done + item.last
+            count = self.parts[item.part].count
+            inside = 0.0 if item.last or not count else (item.number + 1) * SHARD / count
+            share = (done + inside) / len(self.mine)
+            row = self._row(share, (time.monotonic() - began) * (1 - share) / (share - before) if share > before else None)
+            on_row(row)
+        self.failures.judge()
+        return self._summary() if self.first else row
+
+    def _row(self, share: float, left: float | None) -> dict[str, Any]:
+        failed = self.failures.count
+        seconds = None if left is None else round(left)
+        return {"clips": self.failures.judged - failed, "failed": failed, "done": round(share, 4), "seconds_left": seconds}
+
+    def _headers(self, parts: Iterable[int]) -> list[Header]:
+        return [read_header(path) for part in parts for path in sorted(self.folder.glob(f"{part:05d}-*.safetensors"))]
+
+    def _decode(self, item: Item) -> tuple[Item, Any]:
+        if item.sample is None:
+            return item, None
+        sample, lengths = item.sample, self.lengths
+        frames = sample.frames or (lengths.edits if sample.source else lengths.clips)
+        try:
+            measure = self.view.measure(sample)
+            least = min(lengths.least, frames)
+            return item, [self.view.take(sample, measure, frames, least, epoch) for epoch in range(1 if measure.still else self.data.crops)]
+        except UnusableError as error:
+            return item, error
+
+    def _encode(self, pieces: list[tuple[Sample, Piece]]) -> list[Prepared]:
+        """Clips of one shape, both clips of an edit one after the other."""
+        if not pieces:
+            return []
+        each = len(pieces[0][1].frames)
+        mean, std = self.encoder.posterior(torch.cat([torch.from_numpy(piece.frames) for _, piece in pieces]))
+        parts = zip(pieces, mean.split(each), std.split(each), strict=True)
+        sampled = self.data.posterior == "sample"
+        return [
+            Prepared(sample.key, sample.captions, piece.aspect, mean, std if sampled else None) for (sample, piece), mean, std in parts
+        ]
+
+    def _states(self, samples: list[Prepared]) -> dict[str, Tensor]:
+        """The text states of every prompt that training can ask for of these samples."""
+        if self.text is None:
+            return {}
+        tasks = sorted({bucket.task for stage in self.config.stages for bucket in stage.buckets})
+        prompts = {
+            wrapped(self.config, text, task, sample.aspect)
+            for sample in samples for task in tasks for text in ("", *(PREFIX[task] + caption for caption in sample.captions))
+        }  # fmt: skip
+        found: dict[str, Tensor] = {}
+        kind = torch.float32 if self.config.precision == "float32" else torch.bfloat16
+        for start in range(0, len(prompts), 16):
+            some = sorted(prompts)[start : start + 16]
+            states = self.text.encode(some).states
+            lengths = states.ne(0).any(-1).sum(1)  # padding is zero
+            found |= {prompt: row[:length].to("cpu", kind) for prompt, row, length in zip(some, states, lengths.tolist(), strict=True)}
+        return found
+
+    def _summary(self) -> dict[str, Any]:
+        """Of all ranks' shards, once they are there."""
+        while not all(finished(self.folder, part) for part in range(len(self.parts))):
+            time.sleep(1)
+        headers = self._headers(range(len(self.parts)))
+        clips = sum(len({sample["key"] for sample in header.samples}) for header in headers)
+        failed = sum(len(header.failures) for header in headers)
+        if not clips:
+            raise ValueError(f"{self.folder}: not one of {failed} clips can be used; see {self.failures.path}")
+        return {"clips": clips, "failed": failed, "shards": len(headers), "done": 1.0, "seconds_left": 0}
 
 
-def cache_latents(
-    folder: str | Path,
-    vae: str | Path,
-    clips: Mapping[int, int],
-    edits: Mapping[int, int] | None = None,
-    seed: int = 0,
-    worker: int = 0,
-    workers: int = 1,
-    fused: bool = False,
-    minutes: float | None = None,
-) -> Iterator[Path]:
-    """Write the shards that are missing, and yield each as it is done.
-
-    Args:
-        folder: where the shards go; those that are there are kept.
-        vae: a diffusers folder of `AutoencoderKLWan`.
-        clips: number of samples by number of frames, such as {33: 4096, 1: 8192}.
-        edits: number of edit pairs by number of frames.
-        worker, workers: this process takes every `workers`-th shard from number `worker` on. Several processes of one
-            thread each are faster than one of several threads.
-        fused: compile the norms (a C++ compiler is needed); faster from a few hundred clips on.
-        minutes: stop after so long, between two shards.
-    """
-    folder, start = Path(folder), time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = [shard for shard in plan(clips, edits or {})[worker::workers] if not (folder / shard.name).exists()]
-    encoder = Encoder(vae, fused=fused)
-    for shard in todo:
-        if minutes is not None and time.monotonic() - start > 60 * minutes:
-            return
-        write_shard(encoder, shard, folder, seed)
-        yield folder / shard.name
+def prepare(
+    config: TrainConfig,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    ranks: int = 1,
+) -> dict[str, Any]:
+    """Prepare the data of a configuration, or this rank's share of it; see `Preparation.run`."""
+    return Preparation(config, device, rank, ranks).run(on_row)
 
 
-def _work(worker: int, options: dict, shards: int) -> None:
-    torch.set_num_threads(1)
-    start = time.monotonic()
-    for done, path in enumerate(cache_latents(worker=worker, **options), 1):
-        pace = (time.monotonic() - start) / done
-        sys.stderr.write(
-            f"worker {worker}: {path.name}  {done}/{shards}  {pace:.1f} s per shard  {pace * (shards - done) / 60:.1f} min left\n"
-        )
+def _pixels(pieces: list[tuple[Sample, Piece]]) -> int:
+    return sum(piece.frames[..., 0].size for _, piece in pieces)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Render toybox and keep its latents.")
-    parser.add_argument("folder", type=Path, help="where the shards go; shards found there are kept")
-    parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the VAE")
-    parser.add_argument("--clips", type=int, default=4096, help="clips of 33 frames (default %(default)s)")
-    parser.add_argument("--short", type=int, default=0, help="further clips of 9, and as many of 17 frames (default %(default)s)")
-    parser.add_argument("--images", type=int, default=8192, help="single pictures (default %(default)s)")
-    parser.add_argument("--edits", type=int, default=1024, help="edit pairs of 17 frames (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="series of scenes (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default %(default)s)")
-    parser.add_argument("--minutes", type=float, help="stop after so long (default: when all is done)")
-    parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
-    o = parser.parse_args()
-    wanted = {frames: count for frames, count in ((33, o.clips), (1, o.images), (9, o.short), (17, o.short)) if count}
-    edits = {17: o.edits} if o.edits else {}
-    options = {"folder": o.folder, "vae": o.vae, "clips": wanted, "edits": edits, "seed": o.seed, "workers": o.workers}
-    options |= {"fused": not o.no_fused, "minutes": o.minutes}
-    torch.multiprocessing.spawn(_work, (options, -(-len(plan(wanted, edits)) // o.workers)), nprocs=o.workers)
-
-
-if __name__ == "__main__":
-    main()
+def _text_encoder(config: TrainConfig, device: str | torch.device) -> TextEncoder:
+    if isinstance(config.text, TextConfig) or config.train_text:
+        raise ValueError("data.text_states needs a text encoder that stays as it is; give its folder for text, or leave text_states out")
+    encoder, tokenizer = (part_folder(config.text, part, config.about.parts) for part in ("text_encoder", "tokenizer"))
+    return load_text_encoder(encoder, tokenizer, config.flow.text_tokens, device)

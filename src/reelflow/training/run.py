@@ -1,10 +1,11 @@
-"""A whole run: cached latents in, a model folder (or an adapter) out."""
+"""A whole run: clips or prepared latents in, a model folder (or an adapter) out."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from reelflow.config import ModelConfig
 from reelflow.flow import StarFlow
 from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.training import adapter, parallel
-from reelflow.training.batches import CachedLatents
 from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.raw import Batches, open_batches
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 
@@ -40,16 +41,15 @@ def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lamb
     """
     ranks = parallel.join(config)
     try:
-        source = CachedLatents(config)
-        torch.manual_seed(config.seed)
-        text = open_text(config, source, ranks.device)
-        trainer = Trainer(config, source, text, folder, ranks)
-        if "RANK" in os.environ:
-            parallel.tell_when_ended(trainer.standing)
-        if not export_only:
-            trainer.run(on_log, write_samples)
-        elif not trainer.step:
-            raise ValueError(f"{folder}: holds no checkpoint to export; train first")
+        with closing(open_batches(config, folder, ranks.device, ranks.rank, ranks.count)) as source:
+            torch.manual_seed(config.seed)
+            trainer = Trainer(config, source, open_text(config, source, ranks.device), folder, ranks)
+            if "RANK" in os.environ:
+                parallel.tell_when_ended(trainer.standing)
+            if not export_only:
+                trainer.run(on_log, write_samples)
+            elif not trainer.step:
+                raise ValueError(f"{folder}: holds no checkpoint to export; train first")
         with parallel.answering(trainer.standing):
             target = export_adapter(trainer) if config.lora else export(trainer, folder / "model")
             ranks.meet()
@@ -58,7 +58,7 @@ def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lamb
         parallel.leave()
 
 
-def open_text(config: TrainConfig, source: CachedLatents, device: torch.device) -> TextEncoder:
+def open_text(config: TrainConfig, source: Batches, device: torch.device) -> TextEncoder:
     """The text encoder of a configuration. Raises ValueError where it does not fit the flow."""
     tokens = config.flow.text_tokens
     if isinstance(config.text, TextConfig):
@@ -69,7 +69,8 @@ def open_text(config: TrainConfig, source: CachedLatents, device: torch.device) 
         text = load_text_encoder(encoder, tokenizer, tokens, device, torch.bfloat16 if low else torch.float32)
     if text.width != config.flow.text_dim:
         raise ValueError(f"flow.text_dim = {config.flow.text_dim}, the text encoder gives {text.width}; make them equal")
-    return text
+    trained = config.train_text or isinstance(config.text, TextConfig)
+    return text if trained else source.with_texts(text)
 
 
 def flow_state(trainer: Trainer) -> dict[str, Tensor]:

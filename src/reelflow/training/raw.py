@@ -1,0 +1,173 @@
+"""Training on clips as they are: decoded in threads ahead of need, encoded when their batch is asked for.
+
+Shapes: F latent frames, C channels, h × w places.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reelflow.adapters.text import TextEncoder
+from reelflow.data.ahead import ahead
+from reelflow.data.decode import Measure, Piece
+from reelflow.data.failures import Failures, UnusableError
+from reelflow.data.opening import copied, open_sources
+from reelflow.data.source import Joined, Sample
+from reelflow.training.batches import Batch, CachedLatents, Plan, Planner, Rows, finish, needed
+from reelflow.training.config import TrainConfig
+from reelflow.training.encoder import Encoder, view_of
+from reelflow.training.shards import Entry, unfinished
+
+
+class RawClips:
+    """Batches from the clips themselves. `source(step)` is a function of (seed, step) and the clips alone.
+
+    A clip that turns out not to be usable is counted, named in `failures.jsonl`, and the next one of the epoch's order stands in.
+
+    Args:
+        folder: of the run, for `failures.jsonl`.
+        rank, ranks: rows rank, rank + ranks, … are decoded ahead; any other row when it is asked for.
+
+    Raises:
+        ValueError: a source that cannot be read, too many clips that cannot be used, a bucket for which no clip is long enough.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1):
+        assert config.data is not None
+        self.config, self.data, self.rank, self.ranks = config, config.data, rank, ranks
+        self.encoder = Encoder(config.vae, exact=config.precision == "float32", device=device)
+        self.view, lengths = view_of(config, self.encoder)
+        self.failures = Failures(folder / "failures.jsonl", self.data.max_failed_share)
+        self.samples = list(self._samples(lengths.clips, lengths.edits))
+        videos = [self.pixel_frames(needed(b)) for stage in config.stages for b in stage.buckets if b.task != "image"]
+        self.least = self.data.min_frames or min(videos, default=1)
+        entries, self.measures = [], dict[int, Measure]()
+        for index, measure in enumerate(self._measured()):
+            sample = self.samples[index]
+            self.failures.seen()
+            if isinstance(measure, Measure):
+                self.measures[index] = measure
+                count = 1 + (measure.frames - 1) // self.view.step
+                entries.append(Entry(sample.key, sample.captions, measure.aspect, count, sample.source is not None, row=index))
+            else:
+                self.failures.add(sample.key, *measure)
+        self.failures.judge()
+        if not entries:
+            raise ValueError(f"data: not one of {len(self.samples)} clips can be used; see {self.failures.path}")
+        self.planner = Planner(config, entries, "data")
+        self._pool = ThreadPoolExecutor(self.data.workers, "decode")
+        self._ahead: dict[int, tuple[Plan, dict[int, Future[Piece]]]] = {}
+
+    def close(self) -> None:
+        """Stop decoding ahead."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def captions(self) -> list[str]:
+        """Every caption, wrapped and with its prefixes."""
+        return self.planner.captions()
+
+    def with_texts(self, text: TextEncoder) -> TextEncoder:
+        """The text encoder as it is: nothing was prepared."""
+        return text
+
+    def __call__(self, step: int) -> Batch:
+        wanted = range(step, min(step + 1 + self.data.prefetch, max(self.config.steps, step + 1)))
+        for other in self._ahead.keys() - set(wanted):
+            for future in self._ahead.pop(other)[1].values():
+                future.cancel()
+        for later in wanted:
+            if later not in self._ahead:
+                plan = self.planner.plan(later)
+                own = range(self.rank, len(plan.draws), self.ranks)
+                self._ahead[later] = plan, {row: self._pool.submit(self._piece, plan, row) for row in own}
+        plan, futures = self._ahead.pop(step)
+        ready = dict(zip(futures, self._encoded(plan, list(futures), [future.result() for future in futures.values()]), strict=True))
+
+        def row_of(row: int) -> Tensor:
+            if row not in ready:
+                ready.update({row: self._encoded(plan, [row], [self._piece(plan, row)])[0]})
+            return ready[row]
+
+        return Batch(Rows(row_of, len(plan.draws)), plan.prompts)
+
+    def _samples(self, frames: int, edit_frames: int) -> Sequence[Sample]:
+        sources = open_sources(self.data, frames, edit_frames)
+        for place, source in enumerate(sources):
+            if not source.lasting:
+                if self.data.cache is None:
+                    name = source.parts()[0].name
+                    raise ValueError(
+                        f"{name}: comes as a stream, of which training cannot take any clip at any time; run reelflow train prepare, "
+                        "or name a folder for a copy with data.cache=…"
+                    )
+                sources[place] = copied(source, self.data.cache, self.data.caption, self.rank, self.ranks)
+        joined = Joined(sources)
+        return [sample for part in range(len(joined.parts())) for sample in joined.samples(part)]
+
+    def _measured(self) -> list[Measure | tuple[str, str]]:
+        """What can be taken of every sample, or reason and message; every rank looks at its share."""
+        own = list(ahead(self._measure, self.samples[self.rank :: self.ranks], self.data.workers, 4 * self.data.workers))
+        if self.ranks == 1:
+            return own
+        shares: list[list[Measure | tuple[str, str]]] = [[] for _ in range(self.ranks)]
+        dist.all_gather_object(shares, own)
+        return [shares[index % self.ranks][index // self.ranks] for index in range(len(self.samples))]
+
+    def _measure(self, sample: Sample) -> Measure | tuple[str, str]:
+        try:
+            measure = self.view.measure(sample)
+            self.view.require(sample, measure, self.least)
+        except UnusableError as error:
+            return error.reason, str(error)
+        return measure
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        return 1 + (latent_frames - 1) * self.view.step
+
+    def _piece(self, plan: Plan, row: int) -> Piece:
+        """The decoded clip of a row, or of the first that can stand in for it."""
+        frames = self.pixel_frames(needed(plan.bucket))
+        for entry, epoch in self.planner.draw(plan.bucket, plan.aspect, plan.draws[row]):
+            try:
+                return self.view.take(self.samples[entry.row], self.measures[entry.row], frames, frames, epoch)
+            except UnusableError as error:
+                self.failures.add(entry.key, error.reason, str(error))
+        raise ValueError(f"data: none of the clips of aspect {plan.aspect} can be decoded; see {self.failures.path}")
+
+    def _encoded(self, plan: Plan, rows: list[int], pieces: list[Piece]) -> list[Tensor]:
+        """Rows (F, C, h, w)."""
+        if not pieces:
+            return []
+        each, drop = len(pieces[0].frames), plan.bucket.task == "extend"
+        found = self.encoder.posterior(torch.cat([torch.from_numpy(piece.frames) for piece in pieces]))
+        mean, std = (values[:, int(drop) :].split(each) for values in found)
+        sampled = self.data.posterior == "sample"
+        return [finish(self.config, plan, row, mean[i], std[i] if sampled else None, drop) for i, row in enumerate(rows)]
+
+
+Batches = CachedLatents | RawClips
+"""`source(step)`, all its captions, and the text encoder with what was prepared for it; to be closed."""
+
+
+def open_batches(
+    config: TrainConfig, folder: Path, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1
+) -> Batches:
+    """Where the batches of a run come from: `latents`, where they were prepared, else the clips of `data`.
+
+    Args:
+        folder: of the run.
+    """
+    if config.latents is None:
+        return RawClips(config, folder, device, rank, ranks)
+    source = CachedLatents(config)
+    if rank == 0 and (missing := unfinished(Path(config.latents))):
+        note = f"{config.latents}: {missing} parts of the data are not prepared yet; reelflow train prepare goes on where it stopped"
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return source
