@@ -31,10 +31,17 @@ def spread(module: Any, seed: int) -> Any:
 def tiny_unet(**changes: Any) -> UNetSpatioTemporalConditionModel:
     torch.manual_seed(1)
     config: dict[str, Any] = {
-        "sample_size": (8, 8), "down_block_types": BLOCKS[0], "up_block_types": BLOCKS[1], "block_out_channels": (32, 64), "layers_per_block": 1,
-        "num_attention_heads": (2, 2), "cross_attention_dim": STATES, "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 96,
+        "sample_size": (8, 8),
+        "down_block_types": BLOCKS[0],
+        "up_block_types": BLOCKS[1],
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "num_attention_heads": (2, 2),
+        "cross_attention_dim": STATES,
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 96,
         "num_frames": FRAMES,
-    }  # fmt: skip
+    }
     return spread(UNetSpatioTemporalConditionModel(**{**config, **changes}), 2)
 
 
@@ -43,27 +50,40 @@ def tiny_vae() -> AutoencoderKLTemporalDecoder:
     return spread(
         AutoencoderKLTemporalDecoder(
             block_out_channels=(32, 32, 32, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4
-        ), 4,
-    )  # fmt: skip
+        ),
+        4,
+    )
 
 
 def tiny_image_encoder() -> CLIPVisionModelWithProjection:
     torch.manual_seed(5)
     return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=32, projection_dim=STATES)
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=32, projection_dim=STATES
+        )
     ).eval()
 
 
 def tiny_parts() -> Parts:
-    about = ModelConfig.parse({
-        "family": "svd", "name": "tiny-svd", "size": 64, "frames": FRAMES, "fps": 7, "guidance": 3.0, "tasks": ["generate", "animate", "extend"],
-    })  # fmt: skip
+    about = ModelConfig.parse(
+        {
+            "family": "svd",
+            "name": "tiny-svd",
+            "size": 64,
+            "frames": FRAMES,
+            "fps": 7,
+            "guidance": 3.0,
+            "tasks": ["generate", "animate", "extend"],
+        }
+    )
     return Parts(about, tiny_unet(), tiny_vae(), tiny_image_encoder(), EulerDiscreteScheduler(**SCHEDULER))
 
 
 def theirs(parts: Parts) -> StableVideoDiffusionPipeline:
     """diffusers' pipeline of the same modules."""
-    normalise = CLIPImageProcessor(image_mean=CLIP_MEAN, image_std=CLIP_STD, size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    normalise = CLIPImageProcessor(
+        image_mean=CLIP_MEAN, image_std=CLIP_STD, size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
+    )
     pipe = StableVideoDiffusionPipeline(
         vae=parts.vae, image_encoder=parts.image_encoder, unet=parts.unet, scheduler=parts.scheduler, feature_extractor=normalise
     )

@@ -109,7 +109,7 @@ def _from_file(path: Path, device: str | torch.device, dtype: torch.dtype) -> Pa
 
     state = read_weights(path)
     parts, unknown = svd_names.convert(require_family(state, path))
-    unet, vae, image_encoder = modules_for(state, parts, _frames(path))
+    unet, vae, image_encoder = modules_for(state, parts, trained_frames(path))
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} tensors that Stable Video Diffusion does not have ({few(unknown)})")
     for part, module in (("unet", unet), ("vae", vae), ("image_encoder", image_encoder)):
@@ -228,7 +228,7 @@ def _hub_id(folder: Path) -> str:
     return cached.removeprefix("models--").replace("--", "/") or folder.name
 
 
-def _frames(path: Path) -> int:
+def trained_frames(path: Path) -> int:
     """Trained length by the file's name: the tensors of svd and svd_xt are alike."""
     return FRAMES["svd-xt" if "xt" in path.stem.lower().replace("-", "_").split("_") else "svd"]
 

@@ -15,7 +15,7 @@ LAYERS = 2
 """ResBlocks per level of the UNet, one more on the way up; all released models have two."""
 
 UNET, DECODER = "model.diffusion_model.", "first_stage_model.decoder."
-VAE_ENCODER, PLAIN_ENCODER = "conditioner.embedders.3.encoder.", "first_stage_model.encoder."
+VAE_ENCODER = "conditioner.embedders.3.encoder."
 CLIP = "conditioner.embedders.0.open_clip.model.visual."
 UNUSED = re.compile(
     r"conditioner\.embedders\.0\.open_clip\.model\.(?!visual\.)"  # the text tower
@@ -159,6 +159,22 @@ def _vae(key: str, temporal: bool) -> Converted:
     yield name, (lambda tensor: tensor.flatten(1)) if re.search(r"attentions\.0\.to_\w+(\.0)?\.weight", name) else None
 
 
+def places(key: str, temporal: bool) -> tuple[str, Converted]:
+    """Part of the pipeline, and names there, of a key of an original file, `temporal`: whose decoder is the temporal one.
+
+    Raises:
+        KeyError: it has none.
+    """
+    if key.startswith(UNET):
+        return "unet", iter([(unet_name(key.removeprefix(UNET)), None)])
+    if key.startswith(CLIP):
+        return "image_encoder", _clip(key.removeprefix(CLIP))
+    for prefix in (VAE_ENCODER, "first_stage_model."):
+        if key.startswith(prefix):
+            return "vae", _vae(key.removeprefix(prefix), temporal)
+    raise KeyError(key)
+
+
 def convert(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """An original state dict as those of diffusers' `unet`, `vae` and CLIP's `image_encoder`, and the keys without a place.
 
@@ -171,15 +187,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         if UNUSED.match(key):
             continue
         try:
-            if key.startswith(UNET):
-                names: Converted = iter([(unet_name(key.removeprefix(UNET)), None)])
-                part = "unet"
-            elif key.startswith(CLIP):
-                part, names = "image_encoder", _clip(key.removeprefix(CLIP))
-            elif key.startswith((VAE_ENCODER, "first_stage_model.")):
-                part, names = "vae", _vae(key.removeprefix(VAE_ENCODER).removeprefix("first_stage_model."), temporal)
-            else:
-                raise KeyError(key)
+            part, names = places(key, temporal)
             for name, change in names:
                 parts[part][name] = change(state[key]) if change else state[key]
         except KeyError:
