@@ -57,6 +57,12 @@ def entry(index: int, frames: int = 3, aspect: str = "1:1", edit: bool = False) 
     return Entry(f"clip {index}", (f"caption {index}",), aspect, frames, edit, row=index)
 
 
+def test_the_examples_are_configurations() -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    for name in ("mini", "folder"):
+        assert TrainConfig.load(examples / f"{name}.yaml").data is not None
+
+
 # ----------------------------------------------------------------------------------------------------------------------- plans
 
 
