@@ -83,10 +83,16 @@ class Job:
         """The model; says the licence of published weights."""
         import reelflow
         from reelflow.adapters.hub import licence_notice
+        from reelflow.adapters.lora import Lora, parse
 
         self.report("loading", 0.0)
         options = self.options
+        loras = [parse(text) for text in options.lora or ()] if isinstance(options, Making) else []
+        for file, _ in loras:
+            Lora.open(file)
         pipe = reelflow.load(options.model, options.device, options.precision)
+        for file, weight in loras:
+            pipe.load_lora(file, weight)
         notice = licence_notice(options.model) or licence_notice(pipe.about.licence)
         if notice:
             warnings.warn(notice, UserWarning, stacklevel=1)

@@ -99,6 +99,31 @@ def convert(
 
 @app.command()
 @takes(options=Printing)
+def merge(
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER|HF-ID", help="The model that the LoRA was trained on.")],
+    lora: Annotated[list[str], typer.Argument(metavar="LORA[:WEIGHT]…", help="Its file, and how much of it (1); several add up.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The model folder to make; must not exist.")],
+    options: Printing,
+) -> None:
+    """Make a model folder with LoRAs added to the weights.
+
+    reelflow models merge mini heart.safetensors:0.8 -o mini-heart
+    """
+    from reelflow.adapters.hub import resolve
+    from reelflow.adapters.lora import Lora, parse
+    from reelflow.adapters.lora import merge as run
+
+    check_writable(output)
+    loras = [(Lora.open(file), weight) for file, weight in map(parse, lora)]
+    screen = Screen(options.json, options.quiet)
+    with screen.progress() as report:
+        report("merging", 0.0)
+        made = run(resolve(model), loras, output, lambda done, total: report("merging", done / total))
+    screen.result({"folder": str(output), "model": made.name}, f"{output}: {made.name}")
+
+
+@app.command()
+@takes(options=Printing)
 def fetch(
     model: Annotated[str, typer.Argument(metavar="HF-ID", help="Hugging Face id org/name, or org/name:subfolder.")],
     options: Printing,

@@ -118,6 +118,13 @@ class Making(Writing):
             help="Leave the noise that the model was trained with in the clip.",
         ),
     ] = True
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE[:WEIGHT]", rich_help_panel=MACHINE,
+            help="Add what a LoRA learned, times the weight (1). May be given several times.",
+        ),
+    ] = None  # fmt: skip
     ring: Annotated[
         bool,
         typer.Option(

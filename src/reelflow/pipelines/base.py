@@ -121,6 +121,9 @@ class Pipeline:
     options: ClassVar[frozenset[str]] = frozenset("guidance sampler tolerance denoise ring certify stream".split())
     """What of the command line's sampling options it knows; those of a flow."""
 
+    shares: ClassVar[bool] = False
+    """Whether several processes can run one model together, under torchrun."""
+
     about: ModelConfig
 
     @classmethod
@@ -166,6 +169,10 @@ class Pipeline:
     def stream(self, *args: Any, **options: Any) -> Iterator[Clip]:
         """`(prompt, …)`: `generate` in pieces, as they are finished."""
         raise self.cannot("generate")
+
+    def load_lora(self, file: str | Path, weight: float = 1.0) -> None:
+        """`(file, weight=1.0)`: add what a LoRA learned (`reelflow train` with `lora`)."""
+        raise ValueError(f"{self.about.name} ({self.about.family}) takes no LoRA; use a starflow-v model")
 
     def cannot(self, task: str) -> ValueError:
         return ValueError(f"{self.about.name} ({self.about.family}) does not {task}; use a {self.tasks[task]} model")

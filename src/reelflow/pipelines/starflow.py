@@ -71,10 +71,25 @@ EXACTLY = Sampling(schedule=Schedule(tolerance=1e-6))
 class StarFlowPipeline(Pipeline):
     """A flow with its video codec and text encoder."""
 
+    shares = True
+
     def __init__(self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None):
         self.about, self.flow, self.codec, self.text = about, flow.eval().requires_grad_(False), codec, text
         self.framing = Framing(about, codec)
         self.prompting = Prompting(about, flow.config, text, self.device)
+        self.loras: list[dict[str, Any]] = []
+
+    def load_lora(self, file: str | Path, weight: float = 1.0) -> None:
+        """Add a LoRA's change, times `weight`, to the weights of the flow; several add up. Raises ValueError where it does not fit."""
+        from reelflow.adapters.lora import Lora, apply
+
+        if self.flow.ranks.size > 1:
+            raise ValueError("the layers are shared among processes; add the LoRA before: reelflow models merge MODEL LORA -o FOLDER")
+        apply(Lora.open(file), dict(self.flow.named_parameters()), self.about, weight)
+        self.loras.append({"file": Path(file).name, "weight": weight})
+
+    def made(self, task: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:
+        return super().made(task, prompt, seed, **settings, **({"lora": self.loras} if self.loras else {}))
 
     @property
     def device(self) -> torch.device:

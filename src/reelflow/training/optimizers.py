@@ -30,8 +30,11 @@ class Optimizers:
         self.flow = [p for name, p in weights.items() if not name.startswith("flow.denoiser.")]
         matrices = {id(p) for name, p in weights.items() if ".layers." in name and p.ndim == 2 and name.startswith("flow.")}
         use_muon = config.optimizer == "muon"
-        self.all: list[torch.optim.Optimizer] = [adamw(config, [p for p in self.flow if not (use_muon and id(p) in matrices)], config.lr)]
-        self.peaks = [config.lr]
+        self.all: list[torch.optim.Optimizer] = []
+        self.peaks: list[float] = []
+        if self.flow:
+            self.all.append(adamw(config, [p for p in self.flow if not (use_muon and id(p) in matrices)], config.lr))
+            self.peaks.append(config.lr)
         if use_muon:
             self.all.append(Muon([p for p in self.flow if id(p) in matrices], config.lr))
             self.peaks.append(config.lr)
@@ -104,7 +107,7 @@ def adamw(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> tor
     try:
         from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError("optimizer = adamw8bit needs torchao; install it with: pip install 'reelflow[train]', or use adamw") from None
+        raise ValueError("optimizer = adamw8bit needs torchao; install it with: pip install 'reelflow[quantize]', or use adamw") from None
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
     return optimizer
 

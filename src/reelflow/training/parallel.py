@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from reelflow.adapters.torchrun import TOLD, own_device
 from reelflow.flow import StarFlow
 from reelflow.flow.attention import Layer
 from reelflow.training.config import TrainConfig
+
+PATIENCE = 5.0
+"""Seconds."""
 
 
 class LostRankError(RuntimeError):
@@ -84,12 +89,14 @@ def join(config: TrainConfig) -> Ranks:
     """Find the other processes that torchrun started, if it did.
 
     Raises:
-        ValueError: `shards` does not divide the ranks.
+        ValueError: `shards` does not divide the ranks, or a device that cannot be every rank's own.
     """
-    started = "RANK" in os.environ
-    device = torch.device(config.device)
-    if started and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    started = os.environ.keys() >= TOLD
+    try:
+        device = torch.empty(0, device=own_device(config.device)).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {config.device!r} cannot be used here ({str(error).splitlines()[0][:100]}); use cpu") from None
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if (started or config.offload) and not dist.is_initialized():
         alone: dict[str, Any] = {} if started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -180,20 +187,25 @@ def answering(where: Callable[[], str]) -> Iterator[None]:
 
 
 def tell_when_ended(where: Callable[[], str]) -> None:
-    """On SIGTERM, which torchrun sends where another rank has failed, say where the run stands and leave at once.
-
-    A thread of its own waits for it: the main one may be inside a collective that never ends. `where`: called for the words.
+    """On SIGTERM, which torchrun sends where another rank has failed, stop as for Ctrl-C; where that does not come about within
+    `PATIENCE`, because a collective waits on the GPU, say where the run stands and leave. `where`: called for the words.
     """
     if threading.current_thread() is not threading.main_thread():
         return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
     seen, wake = os.pipe()
     os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)  # written to at once, whatever the main thread waits for
 
     def wait() -> None:
         while os.read(seen, 1) != bytes([signal.SIGTERM]):
             pass
+        time.sleep(PATIENCE)
         sys.stderr.write(f"stopped from outside (torchrun does so where another rank has failed): {where()}\n")
         sys.stderr.flush()
         os._exit(128 + signal.SIGTERM)

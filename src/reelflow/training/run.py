@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -40,22 +39,20 @@ def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lamb
         LostRankError: another rank of the run is gone.
     """
     ranks = parallel.join(config)
-    try:
-        with closing(open_batches(config, folder, ranks.device, ranks.rank, ranks.count)) as source:
-            torch.manual_seed(config.seed)
-            trainer = Trainer(config, source, open_text(config, source, ranks.device), folder, ranks)
-            if "RANK" in os.environ:
-                parallel.tell_when_ended(trainer.standing)
-            if not export_only:
-                trainer.run(on_log, write_samples)
-            elif not trainer.step:
-                raise ValueError(f"{folder}: holds no checkpoint to export; train first")
-        with parallel.answering(trainer.standing):
-            target = export_adapter(trainer) if config.lora else export(trainer, folder / "model")
-            ranks.meet()
-        return target
-    finally:
-        parallel.leave()
+    with closing(open_batches(config, folder, ranks.device, ranks.rank, ranks.count)) as source:
+        torch.manual_seed(config.seed)
+        trainer = Trainer(config, source, open_text(config, source, ranks.device), folder, ranks)
+        if ranks.count > 1:
+            parallel.tell_when_ended(trainer.standing)
+        if not export_only:
+            trainer.run(on_log, write_samples)
+        elif not trainer.step:
+            raise ValueError(f"{folder}: holds no checkpoint to export; train first")
+    with parallel.answering(trainer.standing):
+        target = export_adapter(trainer) if config.lora else export(trainer, folder / "model")
+        ranks.meet()
+    parallel.leave()  # only here: where a rank has failed, the others may never come to part
+    return target
 
 
 def open_text(config: TrainConfig, source: Batches, device: torch.device) -> TextEncoder:

@@ -110,13 +110,17 @@ class Trainer:
         self.optimizers.forget()
         self.follow()
         shape = torch.Size((round(len(parts[0].prompts) / parts[0].share), *parts[0].x.shape[1:]))
-        self.meter.add(found, shape, config.stage(self.step).denoiser)
+        self.meter.add(found, shape, self.denoiser_learns)
         self.step += 1
         return found
 
+    @property
+    def denoiser_learns(self) -> bool:
+        return bool(self.optimizers.denoiser) and self.config.stage(self.step).denoiser
+
     def _backward(self, rows: Rows) -> Tensor:
         """Gradients of some rows. Returns their share of the flow's and the denoiser's loss, times the number of ranks."""
-        denoise = self.flow.denoiser is not None and self.config.stage(self.step).denoiser
+        denoise = self.denoiser_learns
         x = rows.x.to(self.device, non_blocking=True).requires_grad_(denoise)
         share, noise_std_B = rows.share * self.ranks.count, rows.noise_std_B.to(self.device)
         weight_B = noise_weight(noise_std_B, self.config.about.prompt.noise) * (share / len(x))
