@@ -43,8 +43,8 @@ def what_fits(pipe: SvdPipeline, frames: int, height: int, width: int, free: int
     for count in range(frames - 1, 0, -1):
         if count * 2 >= frames and activation_bytes(pipe, 1, count, height, width) <= free:
             return f"--frames {count} would fit"
-    for scale in range(9, 0, -1):
-        high, wide = (max(UNIT, round(side * scale / 10 / UNIT) * UNIT) for side in (height, width))
+    for wide in range(width - UNIT, 0, -UNIT):
+        high = max(UNIT, round(wide * height / width / UNIT) * UNIT)
         if activation_bytes(pipe, 1, frames, high, wide) <= free:
             return f"--size {wide}x{high} would fit"
     return "nothing of this length fits; use a machine with more memory, or --device cpu"
