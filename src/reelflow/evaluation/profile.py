@@ -146,7 +146,8 @@ def run(
             progress("profile", (1 + index) / (2 + repeats))
     return {
         "model": pipe.about.name, "revision": pipe.about.revision, "device": str(pipe.device), "precision": precision,
-        "latents": dict(zip(("frames", "height", "width"), shape, strict=True)), "tolerance": schedule.tolerance,
+        "latents": dict(zip(("frames", "height", "width"), shape, strict=True)),
+        "tolerance": schedule.accuracy(pipe.flow.deep_block.precision),
         "phases": [
             {"phase": name, "seconds": statistics.median(found[1:]), "kinds": shares[name]} for name, found in times.items()
         ],

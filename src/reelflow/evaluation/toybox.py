@@ -38,7 +38,7 @@ Progress = Callable[[str, float], None]
 
 def run(
     model: str = "mini", device: str | None = None, count: int = 64, seed: int = 0, batch: int = 8, sampler: str = "jacobi",
-    tolerance: float = Schedule().tolerance, guidance: float | None = None, progress: Progress = lambda phase, share: None,
+    tolerance: float | None = None, guidance: float | None = None, progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rates (0 … 1), bits per dimension and decibels, by task.
 

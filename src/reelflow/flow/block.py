@@ -38,6 +38,16 @@ class FlowBlock(nn.Module):
         self.layers = nn.ModuleList(Layer(config, width) for _ in range(layers))
         self.final_norm = RMSNorm(width)
 
+    cache: type[KVCache] = KVCache
+    """What its keys and values are kept in."""
+    recorded = True
+    """Whether a pass can be recorded and played again without the host (see `sampling.replay`)."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What its layers' products are computed in."""
+        return cast(Layer, self.layers[0]).attention.qkv.weight.dtype
+
     @property
     def first(self) -> int:
         """The first place with parameters of its own: 0, or 1 where there is no start token (x_0 = z_0 then)."""
@@ -45,9 +55,8 @@ class FlowBlock(nn.Module):
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """Room for `length` tokens (text included) of `rows` sequences."""
-        attention = cast(Layer, self.layers[0]).attention
-        weight = attention.qkv.weight
-        return KVCache(len(self.layers), rows, attention.kv_heads, length, attention.head_dim, weight.dtype, weight.device)
+        attention, device = cast(Layer, self.layers[0]).attention, self.proj_in.weight.device
+        return self.cache(len(self.layers), rows, attention.kv_heads, length, attention.head_dim, self.precision, device)
 
     def start(self, x_BTC: Tensor) -> Tensor:
         """The transformer's inputs `[SOS, x_1 … x_{T−1}]`, or `[x_1 … x_{T−1}]` without a start token."""

@@ -34,12 +34,14 @@ class KVCache:
         index = (self.first_B1 + slot_Bn).flatten()
         mask, used = seen_BnK[:, None], seen_BnK.shape[-1]
 
-        def write(store_BKHD: Tensor, new_BHnD: Tensor) -> Tensor:
-            store_BKHD.flatten(0, 1).index_copy_(0, index, new_BHnD.transpose(1, 2).flatten(0, 1).to(store_BKHD.dtype))
-            return store_BKHD[:, :used].transpose(1, 2)
-
         def attend(layer: int) -> Attend:
-            keys, values = self.keys[layer], self.values[layer]
-            return lambda q_BHTD, k_BHTD, v_BHTD: attention(q_BHTD, write(keys, k_BHTD), write(values, v_BHTD), mask)
+            return lambda q_BHTD, k_BHTD, v_BHTD: attention(q_BHTD, *self.write(layer, index, (k_BHTD, v_BHTD), used), mask)
 
         return [attend(layer) for layer in range(len(self.keys))]
+
+    def write(self, layer: int, index: Tensor, new: tuple[Tensor, Tensor], used: int) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values of a pass, (B, H, n, D) each, at `index` of all rows' slots; those of the first `used` slots."""
+        both = self.keys[layer], self.values[layer]
+        for store_BKHD, new_BHnD in zip(both, new, strict=True):
+            store_BKHD.flatten(0, 1).index_copy_(0, index, new_BHnD.transpose(1, 2).flatten(0, 1).to(store_BKHD.dtype))
+        return both[0][:, :used].transpose(1, 2), both[1][:, :used].transpose(1, 2)

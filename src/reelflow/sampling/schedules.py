@@ -52,22 +52,27 @@ class Schedule:
     Args:
         sampler: "jacobi" or "sequential".
         tolerance: a token counts as settled when a pass changes no channel of it by more than this, in units of the
-            token's own scale; 0 settles only what cannot change any more. 0 … 0.1.
+            token's own scale; 0 settles only what cannot change any more. 0 … 0.1; None: 1e-3, or 3e-2 for layers below
+            float32, whose rounding keeps tokens moving by about as much.
         window: tokens of each clip evaluated at once by jacobi, ≥ 1 (256 or a frame at most); None: 32 on a CPU, else 128.
             The result does not depend on it, within the tolerance.
     """
 
     sampler: str = "jacobi"
-    tolerance: float = 1e-3
+    tolerance: float | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in ("jacobi", "sequential"):
             raise ValueError(f"sampler {self.sampler!r} does not exist; use jacobi or sequential")
-        if not (isfinite(self.tolerance) and 0 <= self.tolerance <= 0.1):
+        if self.tolerance is not None and not (isfinite(self.tolerance) and 0 <= self.tolerance <= 0.1):
             raise ValueError(f"tolerance {self.tolerance} is not usable; give a number from 0 (exact) to 0.1")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is not usable; give at least 1 token")
+
+    def accuracy(self, precision: torch.dtype) -> float:
+        """The tolerance where layers are in that precision."""
+        return (3e-2 if precision.itemsize < 4 else 1e-3) if self.tolerance is None else self.tolerance
 
     def tokens(self, device: torch.device) -> int:
         """The window on that device."""
@@ -93,6 +98,7 @@ class Solver:
         batch, _, channels = z_BNC.shape
         device = z_BNC.device
         self.window = min(schedule.tokens(device), stride, MASK_ROWS)
+        self.tolerance = schedule.accuracy(block.precision)
         self.every = 1 if schedule.sampler == "sequential" or device.type == "cpu" else 8  # passes between two looks of the host
         self.z = torch.cat((z_BNC, z_BNC.new_zeros(batch, 2 * self.window, channels)), 1)
         sos = z_BNC.new_zeros(channels) if block.sos is None else block.sos
@@ -105,7 +111,7 @@ class Solver:
         self.residual = torch.zeros((), device=device)
         self.broken = torch.full((), NEVER, device=device)  # the first place whose final value is not finite
         self.passes = self.evaluations = 0
-        self.replay = Replay(device)
+        self.replay = Replay(device if block.recorded else torch.device("cpu"))
         self.begin(z_BNC)
 
     def begin(self, z_BNC: Tensor) -> None:
@@ -185,7 +191,7 @@ class Solver:
         new, old = found.inverse(take(self.z, place)), take(self.stream, place + 1)
         change = ((new - old).abs() / found.scale).amax(2)
         age = self.age.gather(1, place) + 1
-        tolerance = self.schedule.tolerance * torch.where(age >= PATIENCE, LOOSER, 1.0)
+        tolerance = self.tolerance * torch.where(age >= PATIENCE, LOOSER, 1.0)
         run = (change <= tolerance).int().cumprod(1)
         frame_end = (self.at.div(self.stride, rounding_mode="floor") + 1) * self.stride
         settled = (1 + run[:, : window - 1].sum(1)).minimum(frame_end - self.at).minimum(self.limit - self.at)
