@@ -24,10 +24,8 @@ from torch import Tensor
 
 from reelflow.adapters.checkpoint import load_into, new_folder, save_weights
 from reelflow.adapters.hub import resolve
-from reelflow.config import FlowConfig
+from reelflow.config import FlowConfig, ModelConfig
 from reelflow.flow import StarFlow
-from reelflow.pipelines import load
-from reelflow.pipelines.starflow import StarFlowPipeline
 
 UNEVEN = 0.1
 """The random part of divided weights, in units of the evenly divided ones."""
@@ -103,19 +101,25 @@ def spread(states_BLE: Tensor, tokens: int, channels: int) -> Tensor:
     return found
 
 
+def flow_of(folder: Path) -> StarFlow:
+    """The flow of a model folder, in float32, on the CPU."""
+    with torch.device("meta"):
+        flow = StarFlow(FlowConfig.read(folder / "transformer" / "config.json"))
+    load_into(flow, folder / "transformer", "cpu", torch.float32)
+    return flow.eval().requires_grad_(False)
+
+
 def write(output: Path, model: str = "mini", factor: int = 3) -> int:
     """A model folder of everything `factor` times as wide; how many parameters its flow has."""
     source = resolve(model)
-    pipe = load(source, "cpu")
-    if not isinstance(pipe, StarFlowPipeline):
-        raise ValueError(f"{model} is no flow")
-    large = grow(pipe.flow, times(pipe.flow.config, factor))
+    small, about = flow_of(source), ModelConfig.read(source / "config.json")
+    large = grow(small, times(small.config, factor))
     with new_folder(output) as folder:
         for part in ("vae", "text_encoder", "tokenizer"):
             shutil.copytree(source / part, folder / part)
         save_weights(large.state_dict(), folder / "transformer")
         large.config.write(folder / "transformer" / "config.json")
-        pipe.about.model_copy(update={"name": output.name}).write(folder / "config.json")
+        about.model_copy(update={"name": output.name}).write(folder / "config.json")
     return sum(weight.numel() for weight in large.parameters())
 
 

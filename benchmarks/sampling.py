@@ -32,6 +32,7 @@ from reelflow.sampling import Schedule
 
 OURS = tuple(Schedule("jacobi", *pair) for pair in ((3e-2, 64), (1e-2, 32), (1e-2, 64), (1e-3, 32), (1e-3, 64), (1e-4, 64)))
 PUBLISHED = (1e-3, 1e-5)
+PARTS = ("mini", "large", "length", "ring", "profile")
 Rows = Sequence[Sequence[str]]
 
 
@@ -150,6 +151,8 @@ def insert(document: Path, name: str, words: str) -> None:
 
 def everything(repeats: int, document: Path | None, only: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """All parts, or some; what was measured, by part."""
+    if unknown := set(only) - set(PARTS):
+        raise ValueError(f"--only {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "mini × 3"
         grown.write(large)
@@ -160,10 +163,8 @@ def everything(repeats: int, document: Path | None, only: Sequence[str], say: Ca
             "ring": lambda: ring("mini", say),
             "profile": lambda: profiles(("mini", str(large)), 1, say),
         }
-        if unknown := set(only) - set(parts):
-            raise ValueError(f"--only {', '.join(unknown)}: the parts are {', '.join(parts)}")
         found = {}
-        for name in only or parts:
+        for name in only or PARTS:
             began = time.perf_counter()
             words, found[name] = parts[name]()
             say(f"-- {name}: {time.perf_counter() - began:.0f} s")
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini", help="name, model folder or Hugging Face id (default: mini)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each schedule, from 1 (default: 3)")
     parser.add_argument("--all", action="store_true", help="everything that docs/performance.md shows")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="with --all: mini, large, length, ring, profile")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help=f"with --all: {', '.join(PARTS)}")
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="with --all: put the parts there, and the plot beside it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there too")
     options = parser.parse_args()

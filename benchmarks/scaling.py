@@ -25,6 +25,7 @@ from reelflow.sampling import Report, Settings, certify, sample
 LENGTHS, SHORT, LONG = (9, 21, 41, 81, 121), 21, 121
 """Latent frames; of four frames each after the first, so at 16 per second 21 are 5 s and 121 are 30 s."""
 MODES = {"windows": Settings(), "ring": Settings(ring=True)}
+RINGS = ("windows", "windows of one frame", "ring")
 TALLER = ((1, 1), (1, 2), (2, 2))
 """Places of a frame, in units of the model's own height and width."""
 
@@ -94,14 +95,14 @@ def ring(pipe: StarFlowPipeline, frames: int = 41) -> dict[str, Any]:
     """How far the ring is from exact windows, by the model's own measure, in units of sigma, and what its clips are worth to it.
 
     A sample of one mode is read by another, which says of every token how far it is from where that mode would have put it, given
-    the same frames before it and the same noise (`certify`): the root mean square beyond the first window.
+    the same frames before it and the same noise (`certify`): the root mean square beyond the first window, in which all agree.
     """
     window, (noise, texts, guidance) = pipe.flow.config.window, inputs(pipe, frames)
-    modes = {"windows": Settings(), "windows of one frame": Settings(context=window - 1), "ring": Settings(ring=True)}
+    modes = dict(zip(RINGS, (Settings(), Settings(context=window - 1), Settings(ring=True)), strict=True))
     made = {mode: sample(pipe.flow, noise, texts, guidance, **settings)[0] for mode, settings in modes.items()}
 
     def distance(of: str, by: str) -> float:
-        return certify(pipe.flow, made[of], noise, texts, guidance, given=window, **modes[by]).rms
+        return certify(pipe.flow, made[of], noise, texts, guidance, **modes[by]).rms * (frames / (frames - window)) ** 0.5
 
     def bits(latents: Tensor) -> float:
         with torch.no_grad():

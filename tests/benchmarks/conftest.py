@@ -1,0 +1,23 @@
+"""The scripts of benchmarks/ as modules."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+tiny = runpy.run_path(str(Path(__file__).parents[1] / "pipelines" / "tiny.py"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny["write_tiny"](tmp_path_factory.mktemp("model") / "tiny")
