@@ -148,10 +148,11 @@ def require_match(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, t
 def load_into(
     module: nn.Module,
     weights: str | Path | Mapping[str, Tensor],
-    device: str | torch.device | None = None,
+    device: str | torch.device | Callable[[str], str | torch.device] | None = None,
     dtype: torch.dtype | Literal["declared"] | None = None,
     *,
     finite: bool = False,
+    after: Callable[[str, nn.Module], None] | None = None,
 ) -> None:
     """Fill a module's parameters and buffers, strictly.
 
@@ -160,10 +161,11 @@ def load_into(
 
     Args:
         weights: a folder or file for `read_weights`, or a mapping name → tensor.
-        device: where the module goes; None: where it is (a `meta` module: CPU).
+        device: where the module goes, or, of a `meta` module, each tensor by its name; None: where it is (a `meta` module: CPU).
         dtype: precision of floating-point values; None: as stored (`meta`) or as the module has it; "declared": each as the
             `meta` module has it, read from disk straight into that.
         finite: also refuse tensors with NaN or infinity.
+        after: of a `meta` module, called with the name of each part, and the part, as soon as its own tensors are there.
 
     Raises:
         ValueError: missing, extra, misshaped or, if asked, non-finite tensors, in one line.
@@ -179,12 +181,19 @@ def load_into(
 
     def ready(name: str, tensor: Tensor) -> Tensor:
         kind = current[name].dtype if dtype == "declared" else dtype
-        return tensor.to(device=device, dtype=kind if tensor.is_floating_point() else None)
+        return tensor.to(device=device(name) if callable(device) else device, dtype=kind if tensor.is_floating_point() else None)
 
     if assign:
-        module.load_state_dict({name: ready(name, weights[name]) for name in current}, assign=True)
+        for name, part in module.named_modules():
+            prefix = name + "." if name else ""
+            own = {key: ready(prefix + key, weights[prefix + key]) for key in part.state_dict() if "." not in key}
+            part.load_state_dict(own, strict=False, assign=True)
+            if after is not None:
+                after(name, part)
         assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer outside the state dict is still on meta"
     else:
+        assert not callable(device)
+        assert after is None
         module.to(device=device, dtype=None if dtype == "declared" else dtype)
         module.load_state_dict(dict(weights))
 
