@@ -30,14 +30,14 @@ def own_device(asked: str | torch.device) -> str | torch.device:
     return f"cuda:{local}"
 
 
-def join(device: str | torch.device) -> None:
-    """Under torchrun, meet the other processes: over NCCL where they compute on GPUs, else over gloo. Once is enough."""
-    if not os.environ.keys() >= TOLD or dist.is_initialized():
-        return
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+def join(device: str | torch.device) -> int:
+    """Under torchrun, meet the other processes: over NCCL where they compute on GPUs, else over gloo. How many there are."""
+    if os.environ.keys() >= TOLD and not dist.is_initialized():
+        device = torch.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def counts(config: FlowConfig) -> list[int]:
@@ -49,7 +49,7 @@ def counts(config: FlowConfig) -> list[int]:
 
 def ranks(config: FlowConfig, device: str | torch.device) -> Ranks:
     """All processes that have joined, as those of one model. Raises ValueError for a number of them that cannot share it."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
+    size = join(device)
     if size == 1:
         return Ranks()
     if size not in counts(config):

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import reelflow
 from reelflow.cli import clips, inversion, machine, models, training
-from reelflow.cli.ranks import begin, end, first, has_the_word
+from reelflow.cli.ranks import begin, end, first, has_the_word, lost
 from reelflow.cli.screen import one_line, tell
 
 UsageError: Any = typer.BadParameter.__base__
@@ -92,6 +92,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 2, f"error: {one_line(message).rstrip('.')}; see: {context.command_path if context else 'reelflow'} --help"
     if _is_bad_input(error):
         return 2, f"error: {one_line(error)}"
+    if lost(error):
+        return 1, "error: another process of torchrun is gone or does not answer; torchrun says below which"
     where = "" if first() else f"process {os.environ['RANK']}: "
     return 1, f"error: {where}{type(error).__name__}: {one_line(error) or 'no reason given'}; set {DEBUG}=1 and run again to see where"
 

@@ -47,6 +47,11 @@ def has_the_word() -> bool:
         return False
 
 
+def lost(error: Exception) -> bool:
+    """Whether this says that another process does not answer."""
+    return by_torchrun() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "NCCL"))
+
+
 def end(code: int) -> int:
     """Part from the other processes; after an error at once, for those that wait for this one may never answer."""
     distributed = sys.modules.get("torch.distributed")

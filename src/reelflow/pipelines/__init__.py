@@ -18,7 +18,8 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
         precision: of the transformer layers' products; what moves the flow's values stays float32.
 
     Raises:
-        ValueError: unknown model, missing or unfitting files, a family that is not here.
+        ValueError: unknown model, missing or unfitting files, a family that is not here, a number of processes that cannot
+            run this model together.
     """
     from reelflow.adapters.hub import resolve
     from reelflow.adapters.torchrun import join
@@ -26,9 +27,10 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
     place = resolve(source, half=precision != "float32")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision {precision!r} is not one of float32, bfloat16")
-    device = _device(device)
-    join(device)
-    return _kind(place).load(place, device, precision)
+    family, device = _kind(place), _device(device)
+    if join(device) > 1 and not family.shares:
+        raise ValueError(f"{source}: models of this family run in one process each; start it without torchrun")
+    return family.load(place, device, precision)
 
 
 def kind(source: str | Path, precision: Precision = "float32") -> type[Pipeline]:
