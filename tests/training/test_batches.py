@@ -251,6 +251,13 @@ def test_latents_of_another_codec_are_refused(tiny_model: Path, recorded: Path, 
         CachedLatents(configure(tiny_model, recorded, tmp_path))
 
 
+def test_latents_for_another_model_are_refused(settings: dict[str, TrainConfig]) -> None:
+    config = settings["prepared"]
+    other = config.model_copy(update={"about": config.about.model_copy(update={"size": 128})})
+    with pytest.raises(ValueError, match=r"prepared otherwise \(then about\.size = 64, now 128\)"):
+        CachedLatents(other)
+
+
 def test_what_is_not_all_prepared_is_said(settings: dict[str, TrainConfig], latents: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(latents, tmp_path / "latents"))
     manifest = json.loads((folder / "prepared.json").read_text())

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_prepared_latents_are_the_codecs(whole: Path, tiny_model: Path, recorded
         (f"{index}.{'png' if index == 7 else 'mp4'}", (f"clip {index}",), "16:9" if index < 3 else "1:1", 1 if index == 7 else 3, False)
         for index in range(8)
     ]
-    for entry in prepared.entries:
+    for entry in (prepared.entries[index] for index in (0, 3, 7)):  # wide, longer than is taken, a still
         frames = Clip.open(recorded.parent / entry.key).resized(*((48, 80) if entry.aspect == "16:9" else (64, 64))).frames
         length = 1 if entry.frames == 1 else 9
         mean, std = prepared.read(entry, 0, entry.frames)
@@ -235,7 +236,7 @@ def test_nothing_usable(tiny_model: Path, clips: Path, tmp_path: Path) -> None:
         ({"data": {"min_frames": 5}}, "then data.min_frames = None, now 5"),
         ({"seed": 1}, "then seed = 0, now 1"),
         ({"precision": "bfloat16"}, "then precision = float32, now bfloat16"),
-        ({"vae": str(FOLDER)}, "the codec were others"),
+        ({"vae": str(FOLDER)}, "the codec was another"),
     ],
 )
 def test_a_folder_of_other_latents_is_refused(
@@ -252,7 +253,7 @@ def test_clips_that_changed_are_refused(tiny_model: Path, clips: Path, tmp_path:
     prepare(config)
     prepare(config.model_copy(update={"data": config.data.model_copy(update={"workers": 1})}))
     (clips / "3.txt").write_text("another caption")
-    with pytest.raises(ValueError, match="the clips were others"):
+    with pytest.raises(ValueError, match="the clips or captions were others"):
         prepare(config)
 
 
@@ -266,6 +267,16 @@ def test_a_damaged_shard_is_named(tiny_model: Path, recorded: Path, whole: Path,
     path.unlink()
     prepare(configure(tiny_model, recorded, folder))
     assert files(folder) == files(whole)
+
+
+def test_progress_inside_a_tar_file_goes_by_its_bytes(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in sorted(recorded.iterdir()):
+            tar.add(path, path.name)
+    rows: list[dict[str, Any]] = []
+    prepare(configure(tiny_model, recorded, tmp_path / "latents", {"folder": [], "shards": str(tmp_path / "0.tar")}), rows.append)
+    assert [row["clips"] for row in rows] == [3, 6, 8]
+    assert 0.2 < rows[0]["done"] < rows[1]["done"] < rows[2]["done"] == 1
 
 
 def test_several_crops_of_a_clip(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class DataConfig(Strict):
     frames: int | None = Field(None, ge=1)
     """Frames of a prepared clip, at the model's rate, 1 + 4k; None: the model's own."""
     min_frames: int | None = Field(None, ge=1)
-    """Videos shorter than this are left out; None: `frames`."""
+    """Videos shorter than this are left out; None: `frames`, or, of clips that are not prepared, what the shortest bucket needs."""
     edit_frames: int | None = Field(None, ge=1)
     """Frames of each clip of a prepared edit; None: half of `frames`."""
     crops: int = Field(1, ge=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reelflow.adapters.text import TextEncoder, wrap_prompt
 from reelflow.training.config import Bucket, TrainConfig
-from reelflow.training.shards import Entry, PreparedLatents
+from reelflow.training.shards import Entry, PreparedLatents, require_fit
 
 PREFIX = {"image": "", "generate": "", "extend": "(extend) ", "edit": "(v2v) "}
 
@@ -173,6 +173,7 @@ class CachedLatents:
 
     def __init__(self, config: TrainConfig):
         assert config.latents is not None
+        require_fit(Path(config.latents), config)
         self.config, self.prepared = config, PreparedLatents(Path(config.latents))
         self.planner = Planner(config, self.prepared.entries, config.latents)
         first = self.prepared.entries[0]

@@ -26,7 +26,7 @@ from reelflow.data.ahead import ahead
 from reelflow.data.decode import Piece
 from reelflow.data.failures import Failures, UnusableError
 from reelflow.data.opening import open_sources
-from reelflow.data.source import Joined, Sample
+from reelflow.data.source import Joined, Member, Sample
 from reelflow.training.batches import PREFIX, wrapped
 from reelflow.training.config import TextConfig, TrainConfig
 from reelflow.training.encoder import PIXELS, Encoder, view_of
@@ -109,12 +109,13 @@ class Preparation:
         """
         done = sum(finished(self.folder, part) for part in self.mine)
         began, before = time.monotonic(), done / max(1, len(self.mine))
-        shard, row = Shard(), self._row(before, None)
+        shard, row, seen = Shard(), self._row(before, None), None
         pieces: list[tuple[Sample, Piece]] = []
         work = ahead(self._decode, items(self.source, self.folder, self.mine), self.data.workers, 2 * self.data.workers)
         for item, found in work:
             if item.sample is not None:
                 self.failures.seen()
+                seen = item.sample
                 if isinstance(found, UnusableError):
                     shard.failures.append((item.sample.key, found.reason, str(found)))
                     self.failures.add(*shard.failures[-1])
@@ -128,9 +129,7 @@ class Preparation:
             path = shard_path(self.folder, item.part, item.number)
             write_shard(path, shard.samples, item.last, shard.failures, self._states(shard.samples))
             shard, pieces, done = Shard(), [], done + item.last
-            count = self.parts[item.part].count
-            inside = 0.0 if item.last or not count else (item.number + 1) * SHARD / count
-            share = (done + inside) / len(self.mine)
+            share = (done + (0.0 if item.last else self._inside(item, seen))) / len(self.mine)
             row = self._row(share, (time.monotonic() - began) * (1 - share) / (share - before) if share > before else None)
             on_row(row)
         self.failures.judge()
@@ -140,6 +139,13 @@ class Preparation:
         failed = self.failures.count
         seconds = None if left is None else round(left)
         return {"clips": self.failures.judged - failed, "failed": failed, "done": round(share, 4), "seconds_left": seconds}
+
+    def _inside(self, item: Item, seen: Sample | None) -> float:
+        """The share of a part that is done, where its length is known."""
+        if count := self.parts[item.part].count:
+            return (item.number + 1) * SHARD / count
+        media = seen.media if seen else None
+        return (media.offset + media.size) / media.path.stat().st_size if isinstance(media, Member) else 0.0
 
     def _headers(self, parts: Iterable[int]) -> list[Header]:
         return [read_header(path) for part in parts for path in sorted(self.folder.glob(f"{part:05d}-*.safetensors"))]

@@ -35,6 +35,8 @@ FORMAT = 1
 SHARD = 64
 """Samples looked at for one shard."""
 MANIFEST = "prepared.json"
+SUMS = {"codec": "the codec was another", "clips": "the clips or captions were others"}
+"""What is noted there by a checksum, and what a difference means."""
 OPEN = 256
 """Shards kept open."""
 
@@ -200,26 +202,41 @@ def claim(folder: Path, config: TrainConfig, parts: Sequence[str]) -> None:
     """
     assert config.data is not None
     data = config.data.model_dump(mode="json", exclude={"folder", "shards", "workers", "prefetch", "max_failed_share", "cache"})
-    told = {f"data.{key}": value for key, value in data.items() if value not in (None, [])}
-    told |= {f"about.{key}": getattr(config.about, key) for key in ("size", "fps", "frames")}
-    told |= {"about.prompt.aspect": config.about.prompt.aspect, "seed": config.seed, "precision": config.precision}
+    told = _seen_by(config) | {f"data.{key}": value for key, value in data.items() if value is not None}
+    told |= {"about.frames": config.about.frames, "seed": config.seed, "precision": config.precision}
     if config.data.text_states:
         told |= {"text": str(config.text), "about.prompt": config.about.prompt.model_dump(), "flow.noise_std": config.flow.noise_std}
-    told |= {"the codec": fingerprint(config.vae), "the clips": sha256("\n".join(parts).encode()).hexdigest()[:16]}
-    about = json.loads(json.dumps({"format": FORMAT, "parts": len(parts), "told": told}))
+    told |= {"clips": sha256("\n".join(parts).encode()).hexdigest()[:16]}
     path = folder / MANIFEST
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("told", {})
-        for key in sorted(before.keys() | told.keys()):
-            if before.get(key) != about["told"].get(key):
-                was = "others" if key.startswith("the ") else f"{key} = {before.get(key)}"
-                words = f"{key} were {was}" if key.startswith("the ") else f"then {was}, now {told.get(key)}"
-                raise ValueError(f"{folder}: holds latents that were prepared otherwise ({words}); give another folder, or remove it")
+        _compare(folder, json.loads(json.dumps(told)), all_of_it=True)
         return
     if next(folder.glob("*.safetensors"), None):
         raise ValueError(f"{folder}: holds latents of an earlier version, which can be trained on; give another folder to prepare anew")
     with written(path) as partial:
+        about = {"format": FORMAT, "parts": len(parts), "told": told}
         partial.write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def require_fit(folder: Path, config: TrainConfig) -> None:
+    """Raise ValueError where latents were prepared for another codec, size, rate or choice of aspects."""
+    if (folder / MANIFEST).exists():
+        _compare(folder, json.loads(json.dumps(_seen_by(config))), all_of_it=False)
+
+
+def _seen_by(config: TrainConfig) -> dict[str, Any]:
+    """What makes a model see clips as it does."""
+    about = config.about
+    told = {"about.size": about.size, "about.fps": about.fps, "about.prompt.aspect": about.prompt.aspect}
+    return told | {"codec": fingerprint(config.vae)}
+
+
+def _compare(folder: Path, now: dict[str, Any], all_of_it: bool) -> None:
+    before = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("told", {})
+    for key in sorted(before.keys() | now.keys() if all_of_it else now.keys()):
+        if before.get(key) != now.get(key):
+            words = SUMS.get(key, f"then {key} = {before.get(key)}, now {now.get(key)}")
+            raise ValueError(f"{folder}: holds latents that were prepared otherwise ({words}); give another folder, or remove it")
 
 
 def fingerprint(vae: Path) -> str:
