@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from reelflow.adapters.torchrun import counts, own_device
+from reelflow.adapters.torchrun import counts, own_device, ranks
 from reelflow.config import FlowConfig
+from reelflow.flow import StarFlow
 from reelflow.flow.parallel import Ranks
 
 Found = dict[str, Tensor]
+SMALL: dict[str, Any] = {"channels": 3, "width": 32, "deep_width": 64, "layers": (1, 1), "head_dim": 16, "position_span": 4.0}
 WORKER = Path(__file__).with_name("ranks.py")
 
 
@@ -63,12 +69,41 @@ def test_tensor_ranks_hold_their_share(found: dict[tuple[int, int], Found]) -> N
 
 def test_which_numbers_of_processes_can_share_a_model() -> None:
     """Branches of guidance × what divides the heads, those of the keys too."""
-    values: dict[str, Any] = {"channels": 3, "width": 32, "deep_width": 64, "layers": (1, 1), "head_dim": 16, "position_span": 4.0}
-    text = {"text_tokens": 4, "text_dim": 6}
-    assert counts(FlowConfig(**values, **text)) == [1, 2, 4, 8]
-    assert counts(FlowConfig(**values, **text, num_kv_heads=2)) == [1, 2, 4]
-    assert counts(FlowConfig(**values)) == [1, 2, 4]
-    assert counts(FlowConfig(**values | {"deep_width": 96})) == [1, 2, 3, 6]
+    assert counts(FlowConfig(**SMALL, text_tokens=4, text_dim=6)) == [1, 2, 4, 8]
+    assert counts(FlowConfig(**SMALL, text_tokens=4, text_dim=6, num_kv_heads=2)) == [1, 2, 4]
+    assert counts(FlowConfig(**SMALL)) == [1, 2, 4]
+    assert counts(FlowConfig(**SMALL | {"deep_width": 96})) == [1, 2, 3, 6]
+
+
+@pytest.fixture
+def crowd() -> Iterator[Callable[[int], None]]:
+    """`crowd(3)`: this process believes to be one of three."""
+    yield lambda count: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    dist.destroy_process_group()
+
+
+def test_other_numbers_are_refused(crowd: Callable[[int], None]) -> None:
+    crowd(3)
+    with pytest.raises(ValueError, match=r"^3 processes cannot share this model; start 1, 2, 4 or 8 of them \(torchrun"):
+        ranks(FlowConfig(**SMALL, text_tokens=4, text_dim=6), "cpu")
+
+
+def test_layers_are_shared_out_before_they_are_quantised(crowd: Callable[[int], None]) -> None:
+    """torchao's weights cannot be cut any more; two processes need not."""
+    crowd(4)
+    config = FlowConfig(**SMALL, text_tokens=4, text_dim=6)
+    flow = StarFlow(config)
+    quantize_(flow.deep_block.layers, Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="^quantised layers cannot be shared out; use precision bfloat16, or 2 processes"):
+        flow.share(ranks(config, "cpu"))
+    assert StarFlow(config).share(Ranks(2, 1, 0)).ranks.size == 2
+
+
+def test_all_ask_for_the_same(crowd: Callable[[int], None]) -> None:
+    """The other one's request reads as 0 here."""
+    crowd(2)
+    with pytest.raises(ValueError, match="^the processes ask for different clips"):
+        Ranks(2, 1, 0).agree(5, "a ball")
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

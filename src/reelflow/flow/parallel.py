@@ -10,7 +10,6 @@ Shapes: B clips of a branch, n tokens of a pass, C latent channels.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -98,14 +97,19 @@ class Exchange:
         return Affine(*every.transpose(0, 1).flatten(1, 2))
 
 
-def share_layers(layers: Iterable[nn.Module], ranks: Ranks) -> None:
+def share_layers(layers: nn.ModuleList, ranks: Ranks) -> None:
     """Leave each rank its share of transformer layers: tensor parallelism, two sums over the ranks of a row per layer.
 
     The residual stays whole on every rank: a pass is of 1 … 256 tokens, so that its norms cost nothing to speak of, its number
     of tokens need not divide, and sums travel as far as parts gathered and scattered would.
+
+    Raises:
+        ValueError: layers whose weights are not plain tensors.
     """
     if ranks.tensor == 1:
         return
+    if any(type(weight.data) is not Tensor for layer in layers for weight in layer.parameters()):
+        raise ValueError(f"quantised layers cannot be shared out; use precision bfloat16, or {ranks.branches} processes")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 

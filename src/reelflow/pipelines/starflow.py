@@ -83,7 +83,7 @@ class StarFlowPipeline(Pipeline):
         """Add a LoRA's change, times `weight`, to the weights of the flow; several add up. Raises ValueError where it does not fit."""
         from reelflow.adapters.lora import Lora, apply
 
-        if self.flow.ranks.size > 1:
+        if self.flow.ranks.tensor > 1:
             raise ValueError("the layers are shared among processes; add the LoRA before: reelflow models merge MODEL LORA -o FOLDER")
         apply(Lora.open(file), dict(self.flow.named_parameters()), self.about, weight)
         self.loras.append({"file": Path(file).name, "weight": weight})
