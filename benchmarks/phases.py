@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -79,12 +80,19 @@ class Machine:
     def model(self, precision: str) -> StarFlow:
         """One at a time; `fp8` from bfloat16."""
         if precision not in self.held:
-            if precision == "fp8":
-                raise Missing("fp8: not in this version")
+            if precision == "fp8" and find_spec("torchao") is None:
+                raise Missing("no torchao")
             self.held.clear()
             gc.collect()
             dtype = torch.float32 if precision == "float32" else torch.bfloat16
-            self.held[precision] = grow(flow_of(resolve("mini")), self.size.config, dtype, self.device)
+            model = self.held[precision] = grow(flow_of(resolve("mini")), self.size.config, dtype, self.device)
+            if precision == "fp8":
+                from reelflow.adapters.precision import quantiser
+
+                quantise = quantiser(model, precision, self.device)
+                assert quantise is not None
+                for name, module in [*model.named_modules()]:
+                    quantise(name, module)
         return self.held[precision]
 
     @cached_property

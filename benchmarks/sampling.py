@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import tempfile
@@ -30,8 +31,12 @@ from reelflow.evaluation import profile
 from reelflow.evaluation.bench import COLUMNS, cells, flow_pipeline, head, run, table
 from reelflow.sampling import Schedule
 
-OURS = tuple(Schedule("jacobi", *pair) for pair in ((3e-2, 64), (1e-2, 32), (1e-2, 64), (1e-3, 32), (1e-3, 64), (1e-4, 64)))
-PUBLISHED = (1e-3, 1e-5)
+PAIRS = {
+    "float32": ((3e-2, 64), (1e-2, 32), (1e-2, 64), (1e-3, 32), (1e-3, 64), (1e-4, 64)),
+    "bfloat16": ((1e-1, 64), (3e-2, 32), (3e-2, 64), (1e-2, 64)),
+}
+"""Tolerance and window."""
+PUBLISHED = (1e-3, 1e-4, 1e-5)
 PARTS = ("mini", "large", "length", "ring", "profile")
 Rows = Sequence[Sequence[str]]
 
@@ -42,7 +47,8 @@ def markdown(columns: Sequence[str], rows: Rows) -> str:
 
 def samplers(model: str, repeats: int, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
     """Every sampler in both precisions, each row's memory in a process of its own."""
-    found = run(model, precisions=("float32", "bfloat16"), ours=OURS, published=PUBLISHED, repeats=repeats)
+    schedules: Any = {precision: [Schedule("jacobi", *pair) for pair in pairs] for precision, pairs in PAIRS.items()}
+    found = run(model, schedules=schedules, published=PUBLISHED, repeats=repeats)
     held: dict[tuple[Any, ...], int | None] = {}
     for row in found["rows"]:
         size = row["window"] if row["sampler"] == "jacobi" else None  # how exact it is makes no difference
@@ -76,12 +82,13 @@ def reading(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for precision in ("float32", "bfloat16"):
         own = pick("jacobi", precision, 1e-2, 64)
-        rough, fine = (pick("published, our engine", precision, tolerance) for tolerance in PUBLISHED)
+        others = [pick("published, our engine", precision, tolerance) for tolerance in PUBLISHED]
+        rough, alike = others[0], min(others, key=lambda row: abs(math.log(row["rms_error"] / own["rms_error"])))
         lines += [
             against(precision, pick("sequential", precision), own, "tolerance 1e-2, window 64, against sequential in the same precision"),
             against(precision, pick("published", "float32"), own, "against the published sampler as it ran, in float32"),
             against(precision, rough, own, "against the published algorithm on our engine, at its own tolerance"),
-            against(precision, fine, own, "against it at a tolerance that gives a like error"),
+            against(precision, alike, own, f"against it at {alike['tolerance']:g}, where its error is nearest to ours"),
         ]
     return "\n".join(lines)
 

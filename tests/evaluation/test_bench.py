@@ -31,7 +31,7 @@ def test_a_model_folder_is_measured(tiny_model: Path) -> None:
     shares: list[float] = []
     ours = (Schedule(tolerance=0.0, window=8), Schedule(tolerance=1e-2, window=8))
     found = run(
-        str(tiny_model), "cpu", ("bfloat16",), ours, published=(1e-8,), frames=5, repeats=2,
+        str(tiny_model), "cpu", {"bfloat16": ours}, published=(1e-8,), frames=5, repeats=2,
         progress=lambda _, share: shares.append(share),
     )  # fmt: skip
     assert json.loads(json.dumps(found)) == found

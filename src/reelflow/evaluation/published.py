@@ -49,6 +49,14 @@ class Published:
     def sampler(self) -> str:
         return "published" if self.own_engine else "published, our engine"
 
+    def accuracy(self, precision: torch.dtype) -> float:
+        """The tolerance, in whatever precision."""
+        return self.tolerance
+
+    def tokens(self, device: torch.device) -> int:
+        """The largest chunk, on any device."""
+        return self.window
+
     @torch.no_grad()
     def sample(self, model: StarFlow, noise_BFChw: Tensor, text_BLE: Tensor | None, guidance: float) -> tuple[Tensor, dict[str, Report]]:
         """Latents (B, F, C, h, w) and a report per block kind; arguments as of `reelflow.sampling.sample`, in one window.
