@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from grown import flow_of, grow, spread, times
+from grown import flow_of, grow, spread
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,7 +64,7 @@ FULL = Size(PUBLISHED, (21, 30, 53), (128, 184, 256), {"base_dim": 160, "decoder
 
 
 def tiny() -> Size:
-    small = times(flow_of(resolve("mini")).config, 1).model_copy(update={"layers": (1, 1, 1, 1, 1, 7)})
+    small = flow_of(resolve("mini")).config
     return Size(small, (2, 3, 4), (4, 8), {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1}, 128)
 
 
