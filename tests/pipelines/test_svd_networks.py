@@ -99,7 +99,7 @@ def test_residual_blocks(piece: int, switched: bool, eps: float | None, monkeypa
                 norm.eps = eps
     wanted = source(x, time.expand(2 * FRAMES, 16), torch.zeros(2, FRAMES).double())
     assert wanted.std() > 0.1
-    assert (out - wanted).abs().max() < (1e-12 if piece > 1e9 else 3e-6), "moments are kept in float32"
+    assert (out - wanted).abs().max() < 1e-12
 
 
 def test_moments_by_pieces_do_not_cancel() -> None:

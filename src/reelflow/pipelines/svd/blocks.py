@@ -178,25 +178,28 @@ def _normed(x_RCFS: Tensor, step: int, norm: nn.GroupNorm, eps: float | None) ->
     """SiLU of a group norm, `step` places at a time; its moments are those of the whole."""
     scale, shift = _affine(x_RCFS, step, norm, norm.eps if eps is None else eps)
     for piece in x_RCFS.split(step, 3):
-        yield F.silu(torch.addcmul(shift, piece, scale), inplace=True)
+        yield F.silu(torch.addcmul(shift, piece.to(shift.dtype), scale), inplace=True).to(piece.dtype)
 
 
 def _affine(x_RCFS: Tensor, step: int, norm: nn.GroupNorm, eps: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift (R, C, 1, 1) that a group norm comes to. Moments about each channel's first value: no cancellation."""
+    """Scale and shift (R, C, 1, 1), float32 or finer, that a group norm comes to. Moments about each channel's first value: no
+    cancellation.
+    """
+    exact = torch.promote_types(x_RCFS.dtype, torch.float32)
     origin = x_RCFS[:, :, :1, :1]
-    first = second = torch.zeros_like(origin[:, :, 0, 0], dtype=torch.float32)
+    first = second = torch.zeros_like(origin[:, :, 0, 0], dtype=exact)
     for piece in x_RCFS.split(step, 3):
-        moved = (piece - origin).float()
+        moved = (piece - origin).to(exact)
         first, second = first + moved.sum((2, 3)), second + moved.square_().sum((2, 3))
     count = x_RCFS[0, 0].numel()
     first, second = first / count, second / count
-    mean_RGc = (first + origin[:, :, 0, 0].float()).unflatten(1, (GROUPS, -1))
+    mean_RGc = (first + origin[:, :, 0, 0]).unflatten(1, (GROUPS, -1))
     mean_RG1 = mean_RGc.mean(2, keepdim=True)
     spread = (second - first.square()).unflatten(1, (GROUPS, -1)) + (mean_RGc - mean_RG1).square()
     rate = torch.rsqrt(spread.mean(2, keepdim=True) + eps).expand_as(mean_RGc).flatten(1)
-    scale = rate * norm.weight.float()
-    shift = norm.bias.float() - mean_RG1.expand_as(mean_RGc).flatten(1) * scale
-    return scale[:, :, None, None].to(x_RCFS.dtype), shift[:, :, None, None].to(x_RCFS.dtype)
+    scale = rate * norm.weight.to(exact)
+    shift = norm.bias.to(exact) - mean_RG1.expand_as(mean_RGc).flatten(1) * scale
+    return scale[:, :, None, None], shift[:, :, None, None]
 
 
 __all__ = ["Columns", "Convolution", "Given", "Residual", "Upsample"]
