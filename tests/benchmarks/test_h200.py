@@ -8,7 +8,10 @@ from pathlib import Path
 import h200
 import phases
 import pytest
+import rig
 import torch
+
+from reelflow.flow import StarFlow
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
@@ -35,16 +38,20 @@ def test_parts_are_saved_and_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert capsys.readouterr().out == ""
     assert json.loads((tmp_path / "results.json").read_text()) == found
     call(monkeypatch, tmp_path, "--tiny", "--device", "cpu", "--only", "rates", "--again")
-    assert json.loads((tmp_path / "results.json").read_text())["rates"] != found["rates"]
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["rates"] != found["rates"]
+    (tmp_path / "results.json").write_text(json.dumps(again | {"rates": again["rates"] | {"latents": [21, 30, 53]}}))
+    with pytest.raises(SystemExit, match="of another size"):
+        call(monkeypatch, tmp_path, "--tiny", "--device", "cpu", "--only", "rates")
 
 
 def test_a_part_that_fails_or_lacks_something_stops_no_other(tmp_path: Path) -> None:
-    at = phases.Machine(phases.tiny(), tmp_path, torch.device("cpu"))
+    at = rig.Machine(rig.tiny(), tmp_path, torch.device("cpu"))
 
-    def without(at: phases.Machine) -> dict[str, object]:
-        raise phases.Missing("no diffusers")
+    def without(at: rig.Machine) -> dict[str, object]:
+        raise rig.Missing("no diffusers")
 
-    def broken(at: phases.Machine) -> dict[str, object]:
+    def broken(at: rig.Machine) -> dict[str, object]:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     assert h200.measured(at, without) == {"skipped": "no diffusers"}
@@ -53,10 +60,10 @@ def test_a_part_that_fails_or_lacks_something_stops_no_other(tmp_path: Path) -> 
 
 def test_the_full_size_is_the_published_one() -> None:
     with torch.device("meta"):
-        model = phases.StarFlow(phases.PUBLISHED)
+        model = StarFlow(rig.PUBLISHED)
     assert sum(weight.numel() for weight in model.parameters()) == 6_890_096_528
-    assert phases.FULL.latents == (21, 30, 53)
-    needs = phases.work(phases.PUBLISHED, model, 2 * 128, 16_695 + 256, "bfloat16")
+    assert rig.FULL.latents == (21, 30, 53)
+    needs = phases.work(rig.PUBLISHED, model, 2 * 128, 16_695 + 256, "bfloat16")
     assert 1e3 * needs["floor"] == pytest.approx(6.2, abs=0.2), "the table of floors at 128 tokens and mean context"
 
 
@@ -69,7 +76,7 @@ def test_it_wants_a_gpu_for_the_full_size(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     call(monkeypatch, tmp_path, "--tiny", "--device", "cpu")
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found) == list(h200.parts(phases.tiny()))
+    assert list(found) == list(h200.parts(rig.tiny()))
     assert not [result for result in found.values() if "failed" in result]
     assert found["whole-bfloat16"]["residual_rms"] < 0.1
     assert found["published-float32"]["passes"] > 0
