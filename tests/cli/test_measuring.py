@@ -50,7 +50,7 @@ def test_train_makes_a_model_and_goes_on_where_it_was(run, config: Path, tmp_pat
 
 def test_train_names_what_is_wrong(run, config: Path) -> None:
     for change, words in (
-        ("latents=nowhere", "nowhere: no cached latents here"),
+        ("latents=nowhere", "nowhere: no prepared latents here"),
         ("lr=-1", "lr = -1"),
         ("learning_rate=1", "learning_rate"),
         ("flow.text_dim=32", "flow.text_dim = 32"),
