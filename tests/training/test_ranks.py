@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(900)  # processes wait for each other, on a busy machine for long
 SCRIPT = Path(__file__).with_name("tiny.py")
 tiny = runpy.run_path(str(SCRIPT))
 
@@ -38,7 +39,7 @@ def start(folder: Path, *jobs: str, ranks: int = 2, kill: str = "") -> list[Ende
         )
         for rank in range(ranks)
     ]  # fmt: skip
-    return [Ended(process.returncode, errors) for process in processes for errors in [process.communicate(timeout=170)[1]]]
+    return [Ended(process.returncode, errors) for process in processes for errors in [process.communicate(timeout=800)[1]]]
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -59,7 +60,8 @@ def same(found: Path, wanted: Path, tolerance: float) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process comes to."""
     folder = tmp_path_factory.mktemp("alone")
-    for name in ("alone", "parts", "muon"):
+    tiny["write_base"](folder)
+    for name in ("alone", "parts", "muon", "8 bits", "wide", "adapters"):
         tiny["job"](name, folder)
     return folder
 
@@ -68,7 +70,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks come to."""
     folder = tmp_path_factory.mktemp("pair")
-    jobs = ("alone", "sharded", "offloaded", "bfloat16", "muon", "sharded muon", "not finite")
+    tiny["write_base"](folder)
+    jobs = ("alone", "sharded", "offloaded", "bfloat16", "muon", "sharded muon", "sharded 8 bits", "sharded adapters", "not finite")
     for rank in start(folder, *jobs):
         assert rank.code == 0, rank.errors
     return folder
@@ -88,6 +91,17 @@ def test_muon_on_two_ranks_is_as_on_one(alone: Path, pair: Path) -> None:
     """Its orthogonalisation is in bfloat16, where batches of other sizes may round otherwise."""
     for job in ("muon", "sharded muon"):
         same(pair / job, alone / "muon", 2e-2)
+
+
+def test_adamw_in_8_bits_is_close_to_adamw_also_sharded(alone: Path, pair: Path) -> None:
+    same(alone / "8 bits", alone / "wide", 1e-2)
+    same(pair / "sharded 8 bits", alone / "8 bits", 1e-2)
+    assert curve(alone / "8 bits") != curve(alone / "wide")
+
+
+def test_adapters_beside_sharded_weights(alone: Path, pair: Path) -> None:
+    same(pair / "sharded adapters", alone / "adapters", 1e-4)
+    assert all(".lora_" in name for name in load_file(pair / "sharded adapters" / "weights.safetensors"))
 
 
 def test_sharded_bfloat16_is_close(alone: Path, pair: Path) -> None:

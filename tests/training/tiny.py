@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reelflow.adapters.checkpoint import save_weights
 from reelflow.adapters.text import TextEncoder
+from reelflow.flow import StarFlow
 from reelflow.training import parallel
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
@@ -37,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 3e-3, "denoiser_lr": 1e-3, "warmup": 2, "grad_skip": False, "precision": "float32", "save_every": 2, "log_every": 2,
 }  # fmt: skip
 ROWS = {"stages": [{"steps": 6, "buckets": [{"task": "generate", "frames": 2, "batch": 5}]}]}
+WIDE = SETTINGS["flow"] | {"width": 64, "deep_width": 128, "head_dim": 32, "denoiser": {"layers": 1, "width": 64}}
 JOBS: dict[str, dict[str, Any]] = {
     "alone": {},
     "parts": {"accumulate": 2},
@@ -45,8 +48,11 @@ JOBS: dict[str, dict[str, Any]] = {
     "bfloat16": {"shards": 2, "precision": "bfloat16"},
     "muon": {"optimizer": "muon", "shards": 1},
     "sharded muon": {"optimizer": "muon", "shards": 2},
-    "8 bits": {"optimizer": "adamw8bit"},
-    "sharded 8 bits": {"optimizer": "adamw8bit", "shards": 2},
+    "wide": {"flow": WIDE, "lr": 1e-3},
+    "8 bits": {"flow": WIDE, "lr": 1e-3, "optimizer": "adamw8bit"},
+    "sharded 8 bits": {"flow": WIDE, "lr": 1e-3, "optimizer": "adamw8bit", "shards": 2},
+    "adapters": {"lora": {"rank": 2}, "text": "nowhere"},
+    "sharded adapters": {"lora": {"rank": 2}, "text": "nowhere", "shards": 2},
 }
 
 
@@ -98,17 +104,32 @@ def make(folder: Path, values: dict[str, Any] | None = None, ranks: Ranks | None
     text = text or Text()
     fill(text.model, 2)
     trainer = Trainer(config, source, text, folder, ranks)
-    if not trainer.step:
+    if not trainer.step and not config.init:
         fill(trainer.flow, 1)
     if kill and kill == [str(ranks.rank if ranks else 0), "write"]:
         Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign,return-value]
     return trainer
 
 
+def write_base(folder: Path) -> None:
+    """What runs that begin with a model need of it, in FOLDER/base."""
+    config = TrainConfig.parse(SETTINGS)
+    flow = StarFlow(config.flow)
+    fill(flow, 1)
+    save_weights(flow.state_dict(), folder / "base" / "transformer")
+    config.flow.write(folder / "base" / "transformer" / "config.json")
+    config.about.write(folder / "base" / "config.json")
+
+
+def values_of(name: str, folder: Path) -> dict[str, Any]:
+    values = ROWS | JOBS[name] | {"log_every": 1, "save_every": 2 if name in ("alone", "sharded") else 6}
+    return values | ({"init": str(folder / "base")} if "lora" in values else {})
+
+
 def job(name: str, folder: Path, ranks: Ranks | None = None) -> Trainer:
     """Run a job to its end; its weights go to FOLDER/NAME/weights.safetensors."""
     torch.set_num_threads(1)
-    trainer = make(folder / name, ROWS | JOBS[name] | {"log_every": 1}, ranks)
+    trainer = make(folder / name, values_of(name, folder), ranks)
     trainer.run()
     state = {name: parallel.full(p.detach()).float().contiguous() for name, p in trainer.weights.items()}
     state |= {f"average.{name}": parallel.full(value).float().contiguous() for name, value in trainer.average.items()}
@@ -141,8 +162,7 @@ def stops(folder: Path, ranks: Ranks) -> None:
 
 def main(folder: Path, names: list[str]) -> None:
     for name in names:
-        values = SETTINGS if name == "not finite" else SETTINGS | ROWS | JOBS[name]
-        ranks = parallel.join(TrainConfig.parse(values))
+        ranks = parallel.join(TrainConfig.parse(SETTINGS | ({} if name == "not finite" else values_of(name, folder))))
         try:
             if name == "not finite":
                 stops(folder / name, ranks)

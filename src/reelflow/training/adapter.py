@@ -29,7 +29,7 @@ def targets(flow: StarFlow, config: LoraConfig) -> list[str]:
 def add_adapters(flow: StarFlow, config: LoraConfig) -> None:
     """Put adapters beside the matrices, in place; only they are trained from here on."""
     names = targets(flow, config)
-    with _silence():
+    with silence():
         try:
             from peft import LoraConfig as PeftConfig
             from peft import inject_adapter_in_model
@@ -37,7 +37,7 @@ def add_adapters(flow: StarFlow, config: LoraConfig) -> None:
             raise ValueError("lora needs peft; install it with: pip install 'reelflow[train]'") from None
     flow.requires_grad_(False)
     settings: Any = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names, bias="none")  # type: ignore[arg-type]  # alpha may be a fraction
-    with _silence():
+    with silence():
         inject_adapter_in_model(settings, flow)
     for name, parameter in flow.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -46,8 +46,8 @@ def add_adapters(flow: StarFlow, config: LoraConfig) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """The library tells of optional parts that are missing, and that the model is not of transformers."""
+def silence() -> Iterator[None]:
+    """Libraries tell of optional parts that are missing, and that a model is not of transformers."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):

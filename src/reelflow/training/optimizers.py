@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from reelflow.training.adapter import silence
 from reelflow.training.config import TrainConfig
 from reelflow.training.muon import Muon
 
@@ -58,7 +60,13 @@ class Optimizers:
                     group["lr"].fill_(self.rate(step, peak))
                 else:
                     group["lr"] = self.rate(step, peak)
-            optimizer.step()
+            with self._run_as_written():
+                optimizer.step()
+
+    def _run_as_written(self) -> AbstractContextManager[Any]:
+        """torchao compiles its step for every shape of weights: worth its minutes on a GPU, not on a CPU."""
+        compiles = self.config.optimizer == "adamw8bit" and next(iter(self.weights.values())).device.type == "cpu"
+        return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -105,7 +113,8 @@ def adamw(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> tor
     if config.optimizer != "adamw8bit":
         return torch.optim.AdamW(groups, fused=True, **settings)
     try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+        with silence():
+            from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
     except ImportError:
         raise ValueError("optimizer = adamw8bit needs torchao; install it with: pip install 'reelflow[quantize]', or use adamw") from None
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
@@ -113,7 +122,7 @@ def adamw(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> tor
 
 
 def plain(value: Tensor) -> Tensor:
-    """State as ordinary values: 8-bit averages decoded, which loses nothing of them."""
+    """State as ordinary values: 8-bit averages decoded. Encoded again (`kept`), some of them move by a step of their 8 bits."""
     inner = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(inner, "dequantize") or type(inner) is Tensor:
         return value
