@@ -3,6 +3,7 @@
     python benchmarks/h200.py runs/h200               # everything, in less than half an hour; started again it goes on where it was
     python benchmarks/h200.py runs/h200 --only deep-bfloat16-128 --again
     python benchmarks/h200.py /tmp/tiny --tiny        # the same code at a size that a processor does in seconds
+    python benchmarks/h200.py /tmp/narrow --narrow --only deep-bfloat16-128-finer shallow-bfloat16    # how it converges, on a processor
 
 Needs torch, pydantic, safetensors; transformers for the prompt and diffusers for the VAE, without which those parts are skipped.
 OUT gets results.json and table.md, written anew after every part, and latents.safetensors, which later parts start from.
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from phases import build, deep, denoiser, first_frame, one_pass, published, rates, shallow, vae, whole
-from rig import FULL, Machine, Missing, Size, tiny
+from rig import FULL, Machine, Missing, Size, narrow, tiny
 
 from reelflow.adapters.checkpoint import written
 
@@ -81,14 +82,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the folder of results; those there are not measured again")
     parser.add_argument("--tiny", action="store_true", help="a size that a processor does in seconds, to try the code")
+    parser.add_argument("--narrow", action="store_true", help="three published frames in mini's own width, to see how it converges there")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts, by the beginning of their names (default: all)")
     parser.add_argument("--again", action="store_true", help="also parts that are there already")
     parser.add_argument("--minutes", type=float, default=28, help="no part is begun after so many (default: 28)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)")
     options = parser.parse_args()
-    if options.device == "cpu" and not options.tiny:
+    if options.device == "cpu" and not (options.tiny or options.narrow):
         sys.exit("error: no GPU that PyTorch can use; --tiny runs the same code on a processor")
-    began, size = time.perf_counter(), tiny() if options.tiny else FULL
+    began, size = time.perf_counter(), tiny() if options.tiny else narrow() if options.narrow else FULL
     options.output.mkdir(parents=True, exist_ok=True)
     at, path = Machine(size, options.output, torch.device(options.device)), options.output / "results.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

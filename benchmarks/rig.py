@@ -55,6 +55,12 @@ def tiny() -> Size:
     return Size(small, (2, 3, 4), (4, 8), {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1}, 128)
 
 
+def narrow() -> Size:
+    """Frames and text of the published size in mini's own width, three of them: how it converges there, without a GPU."""
+    config = flow_of(resolve("mini")).config.model_copy(update={"window": PUBLISHED.window, "text_tokens": PUBLISHED.text_tokens})
+    return Size(config, (3, *FULL.latents[1:]), FULL.windows, tiny().vae, 128)
+
+
 @dataclass
 class Machine:
     """The device, the sizes, and what is built on it when it is first asked for."""

@@ -49,12 +49,11 @@ def samplers(model: str, repeats: int, say: Callable[[str], None]) -> tuple[str,
     """Every sampler in both precisions, each row's memory in a process of its own."""
     schedules: Any = {precision: [Schedule("jacobi", *pair) for pair in pairs] for precision, pairs in PAIRS.items()}
     found = run(model, schedules=schedules, published=PUBLISHED, repeats=repeats)
-    held: dict[tuple[Any, ...], int | None] = {}
-    for row in found["rows"]:
-        size = row["window"] if row["sampler"] == "jacobi" else None  # how exact it is makes no difference
-        key = (row["sampler"], row["precision"], size)
+    held: dict[tuple[str, str], int | None] = {}
+    for row in found["rows"]:  # how exact it is makes no difference, and the window hardly any: the largest
+        key = (row["sampler"], row["precision"])
         if key not in held:
-            window = {"window": size} if size else {}
+            window = {"window": 64} if row["sampler"] == "jacobi" else {}
             held[key] = memory.measure(model=model, sampler=row["sampler"], precision=row["precision"], **window)["sampling"]
         row["peak_memory"] = held[key]
     say(table(found))
@@ -166,7 +165,7 @@ def everything(repeats: int, document: Path | None, only: Sequence[str], say: Ca
         parts: dict[str, Callable[[], tuple[str, Any]]] = {
             "mini": lambda: samplers("mini", repeats, say),
             "large": lambda: samplers(str(large), max(1, repeats - 1), say),
-            "length": lambda: length("mini", max(1, repeats - 1), document and document.with_suffix(".png"), say),
+            "length": lambda: length("mini", max(1, repeats - 2), document and document.with_suffix(".png"), say),
             "ring": lambda: ring("mini", say),
             "profile": lambda: profiles(("mini", str(large)), 1, say),
         }

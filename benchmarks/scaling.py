@@ -22,7 +22,7 @@ from reelflow.likelihood import log_prob
 from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.sampling import Report, Settings, certify, sample
 
-LENGTHS, SHORT, LONG = (9, 21, 41, 81, 121), 21, 121
+LENGTHS = (9, 21, 61, 121)
 """Latent frames; of four frames each after the first, so at 16 per second 21 are 5 s and 121 are 30 s."""
 MODES = {"windows": Settings(), "ring": Settings(ring=True)}
 RINGS = ("windows", "windows of one frame", "ring")
