@@ -98,3 +98,18 @@ def test_evaluate_needs_a_model(run) -> None:
     done = run("evaluate", "toybox", "--model", "maxi")
     assert (done.code, len(done.errors)) == (2, 1)
     assert "'maxi': unknown model" in done.errors[0]
+
+
+def test_bench_train(run, config: Path) -> None:
+    done = run("bench", "train", config, "optimizer=muon", "latents=nowhere", "--steps", 1, "--json")
+    assert (done.code, done.errors) == (0, []), done
+    found = json.loads(done.out)
+    assert [row["loop"] for row in found["rows"]] == ["plain PyTorch, AdamW", "reelflow, adamw", "reelflow, muon"]
+    for row in found["rows"]:
+        assert row.keys() >= {"seconds", "cpu_seconds", "times_plain", "tokens_per_second", "mfu", "peak_memory"}
+        assert row["mfu"] > 0
+    assert found["tokens"] == 2 * 2 * 4 * 4
+    assert [row["frames"] for row in found["memory"]] == [1, 2]
+    words = run("bench", "train", config, "--steps", 1)
+    assert "trained, " in words.out
+    assert "memory of one clip's step by its latent frames:" in words.out

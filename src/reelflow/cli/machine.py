@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from reelflow.cli.inner import handing_on
 from reelflow.cli.job import Job
 from reelflow.cli.options import OnModel, Printing, Solving, takes
+from reelflow.cli.ranks import first
 from reelflow.cli.screen import Screen
 
 evaluate = typer.Typer(no_args_is_help=True)
@@ -37,6 +40,8 @@ def bench(
     """Measure sampling: tokens per second, passes, seconds to the first frame, memory, error against sequential in float32.
 
     reelflow bench --model mini --json
+
+    Measure training: reelflow bench train CONFIG.yaml (see its --help).
     """
     job = Job(options)
     with job.running():
@@ -50,6 +55,31 @@ def bench(
             found = sampling.run(options.model, options.device, rows, frames=frames, repeats=repeats, progress=job.report)
         words = (whole if profile else sampling).table(found)
     job.screen.result(found, words)
+
+
+@takes(options=Printing)
+def bench_train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A training configuration; its data is not read. See examples/.")],
+    options: Printing,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings in place of the file's: device=cuda recompute=true …")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N≥1", min=1, help="Timed steps of every loop; the median counts.")] = 10,
+) -> None:
+    """Measure training: tokens per second, MFU and memory against a plain PyTorch loop over the same model, memory against length.
+
+    reelflow bench train examples/mini.yaml
+    """
+    from reelflow.training.config import TrainConfig
+
+    settings, screen = TrainConfig.load(config, overrides), Screen(options.json, options.quiet)
+    with screen.progress() as report:
+        report("starting", 0.0)
+        from reelflow.evaluation.training import run, table
+
+        found = run(settings, steps, progress=report)
+    if first():
+        screen.result(found, table(found))
 
 
 @evaluate.command()
@@ -85,5 +115,5 @@ def _flat(values: Any) -> str:
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (doctor, bench):
-        app.command()(command)
+    app.command()(doctor)
+    app.command(cls=handing_on("train", bench_train))(bench)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from reelflow.cli.job import check_writable
 from reelflow.cli.options import Printing, takes
@@ -17,17 +16,6 @@ from reelflow.cli.screen import Screen, tell
 
 EVERY = 5.0
 """Seconds between lines of progress where there is no terminal."""
-
-
-class TrainCommand(TyperCommand):
-    """`train CONFIG.yaml …`, which hands `train prepare CONFIG.yaml …` on."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        if args[:1] != ["prepare"]:
-            return super().make_context(info_name, args, parent, **extra)
-        app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        app.command("prepare")(prepare)
-        return typer.main.get_command(app).make_context(f"{info_name} prepare", args[1:], parent, **extra)
 
 
 @takes(options=Printing)

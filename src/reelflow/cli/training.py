@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from reelflow.cli.inner import handing_on
 from reelflow.cli.job import check_writable
 from reelflow.cli.options import OUTPUT, Printing, takes
-from reelflow.cli.prepare import TrainCommand
+from reelflow.cli.prepare import prepare
 from reelflow.cli.screen import Screen, tell
 
 
@@ -88,4 +89,4 @@ def _words(row: dict[str, Any]) -> str:
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=TrainCommand)(train)
+    app.command(cls=handing_on("prepare", prepare))(train)
