@@ -40,8 +40,8 @@ NOISY = ("torchao", "torch.utils._pytree")
 def settle(asked: str, device: str | torch.device, parameters: int) -> str:
     """The precision that `asked` is for a model of so many parameters on that device.
 
-    `auto` is bfloat16 for a large model where products in it are fast: a GPU from compute capability 8.0 on, a CPU with AMX or AVX-512 bf16.
-    Everything else is float32: a small model gains nothing, and the same seed gives the same clip everywhere.
+    `auto` is bfloat16 for a large model where products in it are fast: a GPU from compute capability 8.0 on, a CPU with AMX or
+    AVX-512 bf16. All else is float32: a small model gains nothing, and a seed then means the same clip everywhere.
 
     Raises:
         ValueError: a precision that does not exist, that the device cannot compute in, or for which torchao is missing.
@@ -66,7 +66,7 @@ def fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
         return False
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not say
     return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
@@ -125,11 +125,11 @@ def quantised(name: str) -> bool:
 
 def _quantise(linear: nn.Module, precision: str, device: torch.device) -> None:
     from torch import nn
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, PerRow, quantize_
-    from torchao.quantization.quantize_.workflows import Float8Tensor, Int4PackingFormat, QuantizeTensorToFloat8Kwargs
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, PerRow, quantize_  # type: ignore[import-untyped]
+    from torchao.quantization.quantize_.workflows import Float8Tensor, Int4PackingFormat, QuantizeTensorToFloat8Kwargs  # type: ignore[import-untyped]
 
     if precision == "fp8":  # what Float8DynamicActivationFloat8WeightConfig does, which refuses CPUs although they can
-        from torchao.float8.inference import Float8MMConfig
+        from torchao.float8.inference import Float8MMConfig  # type: ignore[import-untyped]
 
         rows: dict[str, Any] = {"granularity": PerRow(), "mm_config": Float8MMConfig(use_fast_accum=True)}
         weight = Float8Tensor.from_hp(linear.weight, **rows, act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=PerRow()))
@@ -137,7 +137,7 @@ def _quantise(linear: nn.Module, precision: str, device: torch.device) -> None:
     elif precision == "int8":
         quantize_(linear, Int8WeightOnlyConfig(set_inductor_config=False))
     elif device.type == "cpu":  # the kernel for CPUs is there, its configuration has not left the prototypes
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # type: ignore[import-untyped]
 
         quantize_(linear, PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False))
     else:
