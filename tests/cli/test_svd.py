@@ -118,3 +118,11 @@ def test_it_does_not_stream(run, svd_model: Path) -> None:
     done = run("generate", "x", "--model", svd_model, "--stream")
     assert (done.code, len(done.errors)) == (2, 1)
     assert "does not know --stream" in done.errors[0]
+
+
+def test_models_info(run, svd_model: Path) -> None:
+    card = json.loads(run("models", "info", svd_model, "--json").out)
+    counts = {part: sum(p.numel() for p in getattr(tiny["tiny_parts"](), part).parameters()) for part in ("unet", "vae", "image_encoder")}
+    assert card["parameters"] == counts | {"total": sum(counts.values())}
+    assert (card["family"], card["frames"]) == ("svd", 4)
+    assert run("models", "info", svd_model).code == 0

@@ -77,12 +77,9 @@ def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -
     from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig
 
-    kind = _json(folder / "model_index.json").get("_class_name")
-    if kind != PIPELINE:
-        raise ValueError(f"{folder}: a {kind}, not Stable Video Diffusion; give the folder of a {PIPELINE}")
+    about = read_about(folder)
     configs = {part: _json(folder / part / "config.json") for part in ("unet", "vae", "image_encoder")}
     steps = _json(folder / "scheduler" / "scheduler_config.json")
-    about = ModelConfig.read(folder / "config.json") if (folder / "config.json").is_file() else None
     try:
         scheduler = EulerDiscreteScheduler.from_config(steps)
         with torch.device("meta"):
@@ -99,7 +96,6 @@ def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -
         _fill(module, _part_weights(folder / part, stem, half), str(folder / part), device, dtype, part)
     normal = folder / "feature_extractor" / "preprocessor_config.json"
     values = _json(normal) if normal.is_file() else {}
-    about = about or _about(_hub_id(folder), unet, licence_notice(_hub_id(folder)) is not None)
     mean, std = (tuple(values.get(f"image_{what}", default)) for what, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
     return Parts(about, unet, vae, image_encoder, _supported(scheduler, folder), mean, std)
 
@@ -114,7 +110,7 @@ def _from_file(path: Path, device: str | torch.device, dtype: torch.dtype) -> Pa
         raise ValueError(f"{path}: {len(unknown)} tensors that Stable Video Diffusion does not have ({few(unknown)})")
     for part, module in (("unet", unet), ("vae", vae), ("image_encoder", image_encoder)):
         _fill(module, parts[part], f"{path}, {part}", device, dtype, part)
-    return Parts(_about(path.stem, unet, True), unet, vae, image_encoder, EulerDiscreteScheduler(**SCHEDULER))
+    return Parts(_about(path.stem, unet.config, True), unet, vae, image_encoder, EulerDiscreteScheduler(**SCHEDULER))
 
 
 def require_family(state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
@@ -233,11 +229,21 @@ def trained_frames(path: Path) -> int:
     return FRAMES["svd-xt" if "xt" in path.stem.lower().replace("-", "_").split("_") else "svd"]
 
 
-def _about(name: str, unet: Any, released: bool) -> ModelConfig:
-    """What a model that does not say so itself is."""
-    size = unet.config.sample_size
+def read_about(folder: Path) -> ModelConfig:
+    """What the model of a folder is: its own `config.json`, else what the UNet's tells. Raises ValueError for another family's."""
+    kind = _json(folder / "model_index.json").get("_class_name")
+    if kind != PIPELINE:
+        raise ValueError(f"{folder}: a {kind}, not Stable Video Diffusion; give the folder of a {PIPELINE}")
+    if (folder / "config.json").is_file():
+        return ModelConfig.read(folder / "config.json")
+    name = _hub_id(folder)
+    return _about(name, _json(folder / "unet" / "config.json"), licence_notice(name) is not None)
+
+
+def _about(name: str, unet: Mapping[str, Any], released: bool) -> ModelConfig:
+    size = unet.get("sample_size") or 96
     side = round((size[0] * size[1]) ** 0.5) if isinstance(size, list | tuple) else size
     return ModelConfig.parse({
-        "family": "svd", "name": name, "licence": LICENCE if released else "unknown", "size": 8 * side, "frames": unet.config.num_frames,
-        "fps": 7, "guidance": 3.0, "tasks": ("generate", "animate", "extend"),
+        "family": "svd", "name": name, "licence": LICENCE if released else "unknown", "size": 8 * side, "fps": 7, "guidance": 3.0,
+        "frames": unet.get("num_frames", 25), "tasks": ("generate", "animate", "extend"),
     })  # fmt: skip

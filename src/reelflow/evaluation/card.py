@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from reelflow.adapters.hub import licence_notice, resolve
+from reelflow.adapters.svd import is_svd, read_about
 from reelflow.config import FlowConfig, ModelConfig
 
-PARTS = ("transformer", "vae", "text_encoder")
+PARTS, SVD_PARTS = ("transformer", "vae", "text_encoder"), ("unet", "vae", "image_encoder")
 
 
 def describe(source: str) -> dict[str, Any]:
@@ -22,16 +23,17 @@ def describe(source: str) -> dict[str, Any]:
     folder = resolve(source)
     if not folder.is_dir():
         raise ValueError(f"{folder}: a single file; turn it into a model folder with: reelflow models convert {folder} -o FOLDER")
-    about = ModelConfig.read(folder / "config.json")
-    flow = FlowConfig.read(folder / "transformer" / "config.json")
+    diffuses = is_svd(folder)
+    about = read_about(folder) if diffuses else ModelConfig.read(folder / "config.json")
+    flow = {} if diffuses else FlowConfig.read(folder / "transformer" / "config.json").model_dump(mode="json")
     counts: Counter[str] = Counter()
-    for part in PARTS:
+    for part in SVD_PARTS if diffuses else PARTS:
         for name, values in _tensors(folder / part):
             counts[_block(name) if part == "transformer" else part] += values
     bytes_held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     readme = folder / "README.md"
     return about.model_dump(mode="json") | {
-        "folder": str(folder), "flow": flow.model_dump(mode="json"), "parameters": {**counts, "total": counts.total()},
+        "folder": str(folder), "flow": flow, "parameters": {**counts, "total": counts.total()},
         "bytes": bytes_held, "disk": f"{bytes_held / 1e6:.1f} MB", "notice": licence_notice(source) or licence_notice(about.licence),
         "readme": readme.read_text(encoding="utf-8") if readme.is_file() else "",
     }  # fmt: skip
