@@ -137,7 +137,7 @@ def test_save_and_load(tiny: Any, tmp_path: Path) -> None:
 
 def test_every_parameter_gets_a_gradient(tiny: Any) -> None:
     model, x, text = tiny
-    nll(model, x, text).backward()
+    nll(model, x, text).mean().backward()
     if model.denoiser:
         score_loss(model, x, torch.ones_like(x), text).backward()
     for name, parameter in model.named_parameters():

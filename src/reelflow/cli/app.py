@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import traceback
 import warnings
@@ -22,6 +23,8 @@ UsageError: Any = typer.BadParameter.__base__
 INPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 """What the user can do something about; other errors of the operating system are failures."""
 DEBUG = "REELFLOW_DEBUG"
+LOUD = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that tell their developers, when torchao is installed and diffusers imports it, what no user can act on."""
 
 
 class InterruptedByUserError(Exception):
@@ -107,6 +110,8 @@ def _is_bad_input(error: Exception) -> bool:
 def _show_notes() -> None:
     """The library's warnings as notes, each once; those of other libraries are for their developers."""
     own, said = Path(reelflow.__file__).parent, set[str]()
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None

@@ -122,7 +122,7 @@ def compare(golden: Golden) -> Iterator[Row]:
         return Row(name, error, bound, error <= bound)
 
     z, log_det = model(x, text)
-    found = {"z": z, "logdet": log_det.flatten(1).sum(1), "loss": nll(model, x, text).reshape(1)}
+    found = {"z": z, "logdet": log_det.flatten(1).sum(1), "loss": nll(model, x, text).mean().reshape(1)}
     for name, value in found.items():
         if name in outputs:
             yield row(name, value, outputs[name], BOUND if name == "z" else LOG_DET_BOUND)

@@ -272,11 +272,17 @@ class StarFlowPipeline(Pipeline):
         if sampling.denoise:
             found = denoise_frames(self.flow, found, lambda frame: [text for first, text in conditional if first <= frame][-1])
         words = " → ".join(text for _, text in said)
-        made = self.made("generate", words, seed, frames=length, aspect=aspect, **_settings(sampling, guidance))
+        made = self.made("generate", words, seed, frames=length, aspect=aspect, **self._settings(sampling, guidance))
         first = 0.0
         for pixels in self.codec.decode_frames(found):
             first = first or round(time.perf_counter() - began, 3)
             yield Clip(pixels[0].numpy(), self.about.fps, made | {"seconds": {"first_frame": first}})
+
+    def _settings(self, sampling: Sampling, guidance: float) -> dict[str, Any]:
+        """For the metadata: what was used, where the default stands for it."""
+        used = replace(sampling.schedule, tolerance=sampling.schedule.accuracy(self.flow.deep_block.precision))
+        chosen = {"guidance": guidance, "denoise": sampling.denoise, "ring": sampling.ring, **asdict(used)}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def _agree(self, seed: int, request: tuple[Any, ...]) -> int:
         """The seed of the first process, where several make a clip together (see `flow.parallel`)."""
@@ -317,7 +323,7 @@ class StarFlowPipeline(Pipeline):
         settings["progress"] = _tokens_to_share(progress, noise[:, given:, 0].numel() * len(config.layers))
         latents, reports = sample(self.flow, noise, both, guidance, prefix, **settings)
         used: dict[str, Any] = {
-            "settings": _settings(sampling, guidance),
+            "settings": self._settings(sampling, guidance),
             "reports": {name: asdict(report) for name, report in reports.items()},
         }
         sampled = time.perf_counter()
@@ -374,12 +380,6 @@ class StarFlowPipeline(Pipeline):
             encoder, tokenizer = (part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer"))
             text = load_text_encoder(encoder, tokenizer, config.text_tokens, device)
         return cls(about, flow, codec, text)
-
-
-def _settings(sampling: Sampling, guidance: float) -> dict[str, Any]:
-    """For the metadata."""
-    chosen = {"guidance": guidance, "denoise": sampling.denoise, "ring": sampling.ring, **asdict(sampling.schedule)}
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _tokens_to_share(progress: Progress, total: int) -> Callable[[int], None]:
