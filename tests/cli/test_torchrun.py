@@ -14,7 +14,7 @@ import pytest
 
 from reelflow import Clip
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
 SOURCE = Path(__file__).parent.parent.parent / "src"
 
 
@@ -35,7 +35,7 @@ def test_a_clip_of_two_processes_is_that_of_one(run, tiny_model: Path, tmp_path:
     """Without a seed they agree on one; result and file come once."""
     settings = ["--model", tiny_model, "--tolerance", "1e-5", "--seconds", "1.9", "--json"]
     process = start(tmp_path, "generate", "a red ball", *settings, "--stream", "-o", "two/")
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert said(errors) == []
     made = json.loads(out)
@@ -47,7 +47,7 @@ def test_a_clip_of_two_processes_is_that_of_one(run, tiny_model: Path, tmp_path:
 
 def test_an_error_of_all_is_said_once(tmp_path: Path) -> None:
     process = start(tmp_path, "generate", "a red ball", "--silly")
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=500)
     assert process.returncode != 0
     (line,) = said(errors)
     assert line.startswith("error: No such option: --silly")
