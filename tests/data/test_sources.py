@@ -232,6 +232,34 @@ def test_a_program_for_streams_that_is_missing(monkeypatch: pytest.MonkeyPatch) 
         everything(Shards(["s3://bucket/0.tar"]))
 
 
+@pytest.fixture
+def bucket(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The shards behind a program `aws`, which writes an object to its output, as far as it has it."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "aws"
+    program.write_text(
+        '#!/bin/sh\ntest "$1 $2 $5" = "s3 cp -" || exit 2\n'
+        f'cat "{shards}/${{4##*/}}" || exit 1\ncase "$4" in *cut*) exit 1;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    return "s3://bucket"
+
+
+def test_shards_of_s3_are_streamed_to_their_end(bucket: str, shards: Path) -> None:
+    with (shards / "0.tar").open("ab") as file:  # more than a pipe holds: a program that cannot write it has failed
+        file.write(bytes(1 << 20))
+    assert names(everything(Shards([f"{bucket}/{{0,1}}.tar"]))) == WANTED
+
+
+def test_a_transfer_that_ends_between_two_files_is_not_taken_for_whole(bucket: str, shards: Path) -> None:
+    with tarfile.open(shards / "0.tar") as tar:
+        second = tar.getmembers()[2].offset
+    (shards / "cut.tar").write_bytes((shards / "0.tar").read_bytes()[:second])
+    with pytest.raises(ValueError, match=r"s3://bucket/cut\.tar: the shard cannot be read \(the transfer stopped with code 1\)"):
+        everything(Shards([f"{bucket}/cut.tar"]))
+
+
 @needs_curl
 def test_a_stream_is_copied_once_to_be_read_in_any_order(served: str, tmp_path: Path) -> None:
     stream = Shards([f"{served}/0.tar", f"{served}/1.tar"])

@@ -123,7 +123,7 @@ def _stream(url: str) -> Iterator[dict[str, Any]]:
 
     with closing(_opened(url)) as stream:
         yield from tar_file_expander([{"url": url, "stream": stream}], eof_value=None)
-        while stream.read(1 << 20):  # what is padded after the end
+        while stream.read(1 << 20):  # padding after the end, or a program that still writes counts as failed
             pass
 
 
