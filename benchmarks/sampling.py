@@ -1,7 +1,7 @@
 """Speed, exactness and memory of every sampling schedule.
 
     python benchmarks/sampling.py                                       # one table: mini, float32 and bfloat16
-    python benchmarks/sampling.py --all --write docs/performance.md     # all that docs/performance.md shows, about ten minutes
+    python benchmarks/sampling.py --all --write docs/performance.md     # all that docs/performance.md shows, about twelve minutes
 
 `--all`: mini and the same function in a network of 60 M parameters (`grown.py`), memory of every sampler in a process of its own
 (`memory.py`), cost against length and size, the ring against exact windows (`scaling.py`), and where a clip's time goes. `--write`
@@ -136,8 +136,8 @@ def ring(model: str, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
     return words, found
 
 
-def profiles(models: Sequence[str], repeats: int, say: Callable[[str], None]) -> tuple[str, list[dict[str, Any]]]:
-    found = [profile.run(model, precision=precision, repeats=repeats) for model in models for precision in ("float32", "bfloat16")]
+def profiles(models: dict[str, Any], say: Callable[[str], None]) -> tuple[str, list[dict[str, Any]]]:
+    found = [profile.run(model, precision=precision, repeats=1) for model, precision in models.items()]
     words = "\n\n".join(f"```\n{profile.table(one)}\n```" for one in found)
     say(words)
     return words, found
@@ -164,10 +164,10 @@ def everything(repeats: int, document: Path | None, only: Sequence[str], say: Ca
         grown.write(large)
         parts: dict[str, Callable[[], tuple[str, Any]]] = {
             "mini": lambda: samplers("mini", repeats, say),
-            "large": lambda: samplers(str(large), max(1, repeats - 1), say),
+            "large": lambda: samplers(str(large), max(1, repeats - 2), say),
             "length": lambda: length("mini", max(1, repeats - 2), document and document.with_suffix(".png"), say),
             "ring": lambda: ring("mini", say),
-            "profile": lambda: profiles(("mini", str(large)), 1, say),
+            "profile": lambda: profiles({"mini": "float32", str(large): "bfloat16"}, say),
         }
         found = {}
         for name in only or PARTS:
