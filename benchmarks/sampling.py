@@ -4,9 +4,9 @@
     python benchmarks/sampling.py --all --write docs/performance.md     # all that docs/performance.md shows, about twelve minutes
 
 `--all`: mini and the same function in a network of 60 M parameters (`grown.py`), memory of every sampler in a process of its own
-(`memory.py`), cost against length and size, the ring against exact windows (`scaling.py`), and where a clip's time goes. `--write`
-puts each part between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of the document, as soon as it is measured, and the
-plot beside it; `--only NAME …` measures some parts again.
+(`memory.py`), cost against length and size, the ring against exact windows (`scaling.py`), where a clip's time goes, and decoding
+against diffusers' own (`decoding.py`). `--write` puts each part between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of
+the document, as soon as it is measured, and the plot beside it; `--only NAME …` measures some parts again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import decoding
 import grown
 import memory
 import scaling
@@ -37,7 +38,7 @@ PAIRS = {
 }
 """Tolerance and window."""
 PUBLISHED = (1e-3, 1e-4, 1e-5)
-PARTS = ("mini", "large", "length", "ring", "profile")
+PARTS = ("mini", "large", "length", "ring", "profile", "decoding")
 Rows = Sequence[Sequence[str]]
 
 
@@ -143,6 +144,13 @@ def profiles(models: dict[str, Any], say: Callable[[str], None]) -> tuple[str, l
     return words, found
 
 
+def decoded(repeats: int, say: Callable[[str], None]) -> tuple[str, list[dict[str, Any]]]:
+    found = decoding.run(repeats)
+    words = markdown(decoding.COLUMNS, [decoding.cells(row) for row in found])
+    say(words)
+    return words, found
+
+
 def insert(document: Path, name: str, words: str) -> None:
     """Put words between the marks of a part. Raises ValueError where the document has none."""
     text = document.read_text(encoding="utf-8")
@@ -168,6 +176,7 @@ def everything(repeats: int, document: Path | None, only: Sequence[str], say: Ca
             "length": lambda: length("mini", max(1, repeats - 2), document and document.with_suffix(".png"), say),
             "ring": lambda: ring("mini", say),
             "profile": lambda: profiles({"mini": "float32", str(large): "bfloat16"}, say),
+            "decoding": lambda: decoded(repeats, say),
         }
         found = {}
         for name in only or PARTS:

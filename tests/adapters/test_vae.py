@@ -12,30 +12,43 @@ from torch import Tensor
 
 from reelflow.adapters import wan
 from reelflow.adapters.vae import Codec, ImageCodec, VideoCodec, load_codec
+from reelflow.adapters.wan_fast import IM2COL, PAIRED, WanPass
 
 SCALE = 0.6
 
 
-@pytest.fixture(scope="module")
-def wan_vae() -> AutoencoderKLWan:
+TINY = {
+    "base_dim": 8,
+    "z_dim": 6,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
+OLDER = {"is_residual": False, "in_channels": 3, "out_channels": 3, "patch_size": None, "scale_factor_spatial": 8}
+"""What Wan 2.1 has otherwise."""
+
+
+def new_vae(**config: object) -> AutoencoderKLWan:
+    """Norms and biases random, so that a mistake in them shows."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2)
-    return AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=6,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_temporal=4,
-        scale_factor_spatial=16,
-        latents_mean=torch.randn(6, generator=generator).tolist(),
-        latents_std=(0.5 + torch.rand(6, generator=generator)).tolist(),
-    )
+    mean, std = torch.randn(6, generator=generator), 0.5 + torch.rand(6, generator=generator)
+    vae = AutoencoderKLWan(**TINY | {"latents_mean": mean.tolist(), "latents_std": std.tolist()} | config)
+    for parameter in vae.requires_grad_(False).eval().parameters():
+        if parameter.shape[1:].numel() == 1:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def wan_vae() -> AutoencoderKLWan:
+    return new_vae()
 
 
 @pytest.fixture
@@ -131,6 +144,73 @@ def test_decoding_frame_by_frame_is_the_same_and_causal(video: VideoCodec) -> No
     mixed = [(next(stream), next(other)) for _ in range(3)]
     assert all(torch.equal(a, b) for a, b in mixed)
     assert torch.equal(torch.cat([a for a, _ in mixed], 1), whole)
+
+
+def pixels_in_chunks(vae: AutoencoderKLWan, latents: Tensor, chunks: tuple[int, ...]) -> Tensor:
+    stream = WanPass(vae, stream=True)
+    return torch.cat([stream.decode(chunk) for chunk in latents.split(chunks, 2)], 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "config",
+    [{"base_dim": PAIRED // 4}, OLDER, {"dim_mult": [4, 4, 2, 1]}],
+    ids=["2.2", "2.1", "narrowing"],
+)
+@torch.no_grad()
+def test_a_stream_gives_what_diffusers_gives(config: dict, batch: int) -> None:
+    """Single small clips take other kernels than several, even numbers of frames others than odd ones."""
+    vae = new_vae(**config)
+    x = torch.rand(batch, 3, 13, 32, 48, generator=torch.Generator().manual_seed(8)) * 2 - 1
+    moments = vae.encode(x).latent_dist.parameters
+    latents = torch.randn(batch, 6, 4, *moments.shape[3:], generator=torch.Generator().manual_seed(9))
+    pixels = vae.decode(latents).sample
+    assert pixels.abs().lt(1).float().mean() > 0.9, "hardly anything is clipped"
+    stream = WanPass(vae, stream=True)
+    found = torch.cat([stream.encode(chunk) for chunk in x.split((1, 4, 8), 2)], 2)
+    assert (found - moments).abs().max() < 1e-5 * moments.abs().max()
+    for chunks in ((1, 1, 1, 1), (3, 1), (1, 2, 1)):
+        assert (pixels_in_chunks(vae, latents, chunks).clamp(-1, 1) - pixels).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_one_large_clip_takes_the_kernels_of_large_clips() -> None:
+    vae = new_vae(base_dim=PAIRED // 4)
+    latents = torch.randn(1, 6, 3, 22, 1, generator=torch.Generator().manual_seed(10))
+    assert PAIRED * 4 * 4 * 22 > IM2COL
+    pixels = vae.decode(latents).sample
+    assert (pixels_in_chunks(vae, latents, (1, 1, 1)).clamp(-1, 1) - pixels).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_rounding_in_half_precision_is_that_of_diffusers() -> None:
+    """Against float32, in grey levels: no more than half again what diffusers itself is off by."""
+    vae, latents = new_vae(base_dim=PAIRED // 4), torch.randn(2, 6, 3, 3, 4, generator=torch.Generator().manual_seed(11))
+    exact, half = vae.decode(latents).sample, new_vae(base_dim=PAIRED // 4).to(torch.bfloat16)
+    theirs = half.decode(latents.bfloat16()).sample.float() - exact
+    ours = pixels_in_chunks(half, latents.bfloat16(), (1, 1, 1)).float().clamp(-1, 1) - exact
+    assert 0 < ours.square().mean() < 1.5**2 * theirs.square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = pixels_in_chunks(vae, latents, (1, 1, 1)).float().clamp(-1, 1) - exact
+    assert 0 < cast.square().mean() < 1.5**2 * theirs.square().mean()
+
+
+@torch.no_grad()
+def test_memory_stays_after_the_second_latent_frame(wan_vae: AutoencoderKLWan) -> None:
+    stream, latent, picture = WanPass(wan_vae, stream=True), torch.randn(1, 6, 1, 2, 3), torch.rand(1, 3, 4, 32, 48)
+
+    def held() -> list[tuple[int, tuple[int, ...]]]:
+        return [(x.data_ptr(), x.shape) for kept in (stream._past, stream._buffers) for x in kept.values()]
+
+    stream.decode(latent)
+    stream.encode(picture[:, :, :1])
+    stream.decode(latent)
+    stream.encode(picture)
+    before = held()
+    for _ in range(2):
+        stream.decode(latent)
+        stream.encode(picture)
+    assert held() == before
 
 
 def test_half_precision_still_gives_float32_latents(wan_vae: AutoencoderKLWan, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch import Tensor
 
 from reelflow.data.toybox import render, sample_scene
 from reelflow.training.muon import orthogonal
@@ -34,6 +36,21 @@ def test_one_pass_is_the_chunked_vae(frames: int) -> None:
     x, z = torch.rand(2, 3, frames, 64, 48) * 2 - 1, torch.randn(2, 48, 1 + frames // 4, 4, 3)
     torch.testing.assert_close(OnePass(vae).encode(x), vae.encode(x).latent_dist.parameters, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(OnePass(vae).decode(z).clamp(-1, 1), vae.decode(z).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_one_pass_has_the_gradients_of_the_chunked_vae() -> None:
+    vae, x, weight = shaken_vae(), torch.rand(2, 3, 5, 32, 16) * 2 - 1, torch.randn(2, 3, 5, 32, 16)
+
+    def gradients(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        vae.zero_grad()
+        (decode(encode(x).chunk(2, 1)[0]).clamp(-1, 1) * weight).sum().backward()
+        return [parameter.grad for parameter in vae.parameters()]
+
+    expected = gradients(lambda x: vae.encode(x).latent_dist.parameters, lambda z: vae.decode(z).sample)
+    found = gradients(OnePass(vae).encode, OnePass(vae).decode)
+    for (name, _), ours, theirs in zip(vae.named_parameters(), found, expected, strict=True):
+        assert (ours is None) == (theirs is None), name
+        assert ours is None or (ours - theirs).norm() < 1e-3 * theirs.norm() + 1e-5, name
 
 
 def test_steps_lower_the_loss_of_a_fixed_batch() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from reelflow.adapters import wan
 from reelflow.adapters.checkpoint import load_into, read_pickle, read_weights
+from reelflow.adapters.wan_fast import WanPass, channels_last
 
 
 class Codec(ABC):
@@ -124,7 +124,7 @@ class Codec(ABC):
             ValueError: latents of another shape.
         """
         for pixels in self.decode_pixels(latents):
-            yield (pixels * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+            yield pixels.mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
     @torch.no_grad()
     def decode_pixels(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -135,7 +135,7 @@ class Codec(ABC):
                 raise ValueError(f"a latent frame is {tuple(latent.shape)}; expected (B, {self.channels}, h, w)")
             latent = latent.to(self.vae.device).float() / (self.latent_scale if index else 1)
             latent = latent * self.std_C11.to(latent.device) + self.mean_C11.to(latent.device)
-            yield decoder(latent[:, :, None].to(self.vae.dtype)).float().clamp(-1, 1) + 1
+            yield decoder(latent[:, :, None].to(self.vae.dtype)).float().clamp_(-1, 1).add_(1)
 
     def decode(self, latents_BfChw: Tensor) -> Tensor:
         """uint8 frames (B, F, H, W, 3), on CPU, of latents (B, f, C, h, w); undoes the scaling of `encode` exactly."""
@@ -158,29 +158,19 @@ class VideoCodec(Codec):
         self.channels = vae.config.z_dim
         if len(mean) != self.channels or len(std) != self.channels:
             raise ValueError(f"the VAE has {self.channels} channels, but {len(mean)} latents_mean and {len(std)} latents_std in its config")
+        channels_last(vae)
 
     def _encoder(self) -> Callable[[Tensor], Tensor]:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-        cache: dict[int, Any] = defaultdict(lambda: None)
-
-        def step(pixels: Tensor) -> Tensor:
-            patches = patchify(pixels, self.vae.config.patch_size or 1)
-            return self.vae.quant_conv(self.vae.encoder(patches, feat_cache=cache, feat_idx=[0]))
-
-        return step
+        return WanPass(self.vae, stream=True).encode
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+        return WanPass(self.vae, stream=True).decode
 
-        cache: dict[int, Any] = defaultdict(lambda: None)
-
-        def step(latent: Tensor) -> Tensor:
-            first = not cache
-            pixels = self.vae.decoder(self.vae.post_quant_conv(latent), feat_cache=cache, feat_idx=[0], first_chunk=first)
-            return unpatchify(pixels, self.vae.config.patch_size or 1)
-
-        return step
+    def save(self, folder: str | Path) -> None:
+        for parameter in self.vae.parameters():
+            parameter.data = parameter.data.contiguous()  # safetensors takes no other layout
+        super().save(folder)
+        channels_last(self.vae)
 
 
 class ImageCodec(Codec):
