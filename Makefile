@@ -19,8 +19,8 @@ demo: .venv/ready-run ## set up, then write demo.mp4 from a prompt with the ship
 	@echo "demo: wrote demo.mp4"
 
 test: .venv/ready-test ## set up, then run the tests; ARGS='…' goes to pytest
-	@echo "test: running pytest $(ARGS)"
-	@$(BIN)/python -m pytest $(ARGS)
+	@echo "test: running pytest -n auto --dist worksteal $(ARGS)"
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: .venv/ready-dev ## ruff
 	@echo "lint: ruff check"

@@ -1,4 +1,4 @@
-"""What every test shares: two threads, fixed seeds, no network, a device by option, the golden vectors."""
+"""What every test shares: one thread, fixed seeds, no network, a device by option, the golden vectors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Before anything imports torch or huggingface_hub; children inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before anything imports torch or huggingface_hub; children inherit it. Tests run side by side, and their networks are small.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("reelflow", deadline=None, derandomize=True, max_examples=25, print_blob=True)
@@ -36,7 +36,7 @@ def _seeded() -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         torch.manual_seed(0)
 
 

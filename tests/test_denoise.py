@@ -23,7 +23,6 @@ from reelflow.likelihood import log_prob
 
 def make_flow(window: int, denoiser: dict[str, Any]) -> StarFlow:
     """A random video flow with a denoiser, without text."""
-    torch.set_num_threads(1)
     config = FlowConfig(
         channels=2, width=24, deep_width=24, layers=(1,), head_dim=24, position_span=4, window=window,
         denoiser={"layers": 1, "width": 24} | denoiser,
@@ -35,7 +34,6 @@ def make_flow(window: int, denoiser: dict[str, Any]) -> StarFlow:
 
 
 def test_tweedie_is_a_step_along_the_slope_of_log_p(golden: Path) -> None:
-    torch.set_num_threads(1)
     found = load(golden / "starflow_v_mini")
     model, x, text = found.model.double(), found.inputs["x"][:, :2, :, :2, :2].double(), found.inputs["text"].double()
     variance, step = model.config.noise_std**2, 1e-5

@@ -28,7 +28,6 @@ class Setting(NamedTuple):
 @pytest.fixture(params=["starflow_image_mini", "starflow_v_mini"])
 def setting(request: pytest.FixtureRequest, golden: Path) -> Setting:
     """The models of the golden vectors in float64; two clips of at most 3 frames of 2 × 2 places."""
-    torch.set_num_threads(1)
     found = load(golden / request.param)
     return Setting(found.model.double(), found.inputs["x"][:, :3, :, :2, :2].double(), found.inputs["text"].double())
 
@@ -58,7 +57,6 @@ def test_shares_add_up_and_later_frames_change_nothing(setting: Setting) -> None
 @torch.no_grad()
 def test_the_density_integrates_to_one() -> None:
     """Over a grid, for one channel at two places."""
-    torch.set_num_threads(1)
     model = StarFlow(FlowConfig(channels=1, width=16, deep_width=16, layers=(1, 1), head_dim=16, position_span=4)).double()
     for parameter in model.parameters():
         parameter.copy_(0.5 * torch.randn(parameter.shape))

@@ -100,7 +100,3 @@ def reference() -> SimpleNamespace:
     return SimpleNamespace(published=published, shapes=reference_shapes, constructor=constructor, random_state=random_state)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """These networks are so small that threads only wait for each other, most of all on a busy machine."""
-    torch.set_num_threads(1)

@@ -25,7 +25,6 @@ ABOUT = {"rank": 3, "alpha": 6.0, "targets": [QKV], "name": "heart", "model": "t
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     return tiny["write_tiny"](tmp_path_factory.mktemp("model") / "tiny")
 
 

@@ -121,12 +121,6 @@ def original_state(temporal: bool = True) -> dict[str, Tensor]:
     return state
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """These networks are so small that threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["temporal decoder", "image decoder"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], Parts]:
     path = tmp_path_factory.mktemp("file") / ("svd_xt.safetensors" if request.param else "svd_xt_image_decoder.safetensors")

@@ -7,15 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 tiny = runpy.run_path(str(Path(__file__).parents[1] / "pipelines" / "tiny.py"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

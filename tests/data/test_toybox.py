@@ -36,11 +36,6 @@ FEW = range(100)
 STRAIGHT = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    torch.set_num_threads(1)  # as in a worker of a data loader
-
-
 def one(motion="moves right", x=30.0, y=64.0, vx=2.0, vy=0.0, turn=0.0, size="small", **scene):
     return Scene((Thing("ball", "red", size, motion, x, y, vx, vy, turn),), "black", **scene)
 

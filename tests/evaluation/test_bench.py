@@ -16,12 +16,6 @@ from reelflow.evaluation.golden import load
 from reelflow.sampling import Schedule, sample
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """Networks so small that threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny = runpy.run_path(str(Path(__file__).parents[1] / "pipelines" / "tiny.py"))["write_tiny"]

@@ -10,11 +10,6 @@ from reelflow.data.toybox import MOTIONS, Scene, Thing, canonical, render, sampl
 from reelflow.evaluation.detect import degrade, detect, matches, motion_of, validate
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    torch.set_num_threads(1)  # a clip is too small to share
-
-
 def test_one_thing_is_read_from_true_renders():
     shares = validate(64, things=1, degraded=False)
     assert shares["all"] == 1

@@ -16,12 +16,6 @@ from reelflow.evaluation.golden import verify
 IMAGE = "starflow_image_mini"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """Networks so small that threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", [IMAGE, "starflow_v_mini"])
 def test_every_golden_vector_holds(golden: Path, name: str) -> None:
     rows = verify(golden / name)

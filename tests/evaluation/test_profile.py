@@ -15,7 +15,6 @@ tiny = runpy.run_path(str(Path(__file__).parents[1] / "pipelines" / "tiny.py"))
 
 
 def test_a_clip_is_taken_apart(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     found = run(str(tiny["write_tiny"](tmp_path / "tiny")), "cpu", frames=5, repeats=1)
     assert json.loads(json.dumps(found)) == found
     phases = {row["phase"]: row for row in found["phases"]}

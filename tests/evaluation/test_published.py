@@ -18,7 +18,6 @@ tiny = runpy.run_path(str(Path(__file__).parents[1] / "pipelines" / "tiny.py"))
 
 @pytest.fixture
 def flow() -> StarFlow:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     return tiny["tiny_flow"]().eval()
 

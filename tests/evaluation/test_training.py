@@ -20,11 +20,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(("name", "parameters"), [("starflow_v_7b", 6_890_096_528), ("starflow_v_1b", 964_355_984)])
 def test_the_large_examples_have_their_size(name: str, parameters: int) -> None:
     config = TrainConfig.load(EXAMPLES / f"{name}.yaml")

@@ -80,7 +80,3 @@ def options() -> dict[str, dict[str, Any]]:
     return OPTIONS
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """Networks so small that threads only wait for each other."""
-    torch.set_num_threads(1)

@@ -6,19 +6,12 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 
 import reelflow
 from reelflow import Clip
 from reelflow.pipelines.starflow import StarFlowPipeline
 
 tiny = runpy.run_path(str(Path(__file__).with_name("tiny.py")))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """These networks are so small that threads only wait for each other."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -40,12 +40,6 @@ def setting(golden: Path) -> Setting:
     return Setting(found.model, noise, text, torch.cat((text, found.inputs["text_null"])))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """Networks so small that threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 def relative(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the error, relative to that of `wanted`."""
     return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())

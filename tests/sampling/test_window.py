@@ -47,11 +47,6 @@ def setting(golden: Path) -> Setting:
     return Setting(found.model.requires_grad_(False), noise, text, torch.cat((text, found.inputs["text_null"])))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    torch.set_num_threads(1)
-
-
 def close(found: Tensor, wanted: Tensor, bound: float = 2e-4) -> None:
     torch.testing.assert_close(found, wanted, atol=bound, rtol=0)
 

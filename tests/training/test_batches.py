@@ -25,11 +25,6 @@ configure = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["config
 SOURCES = ("prepared", "raw")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def latents(tiny_model: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything prepared, with text states."""

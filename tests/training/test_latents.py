@@ -35,8 +35,7 @@ configure = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["config
 
 @pytest.fixture(autouse=True)
 def _small(_seeded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several shards of few samples; threads of networks so small only wait for each other."""
-    torch.set_num_threads(1)
+    """Several shards of few samples."""
     monkeypatch.setattr(latents, "SHARD", 3)
 
 
@@ -138,7 +137,6 @@ def replace(source, target):
     if str(target).endswith("00000-0001.safetensors"): os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
 os.replace = replace
-import torch; torch.set_num_threads(1)
 latents.prepare(TrainConfig.load(sys.argv[1]))
 """
 

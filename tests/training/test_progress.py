@@ -42,7 +42,6 @@ def attention(query: Any, key: Any, value: Any, drop: float = 0.0, causal: bool 
     ],
 )
 def test_the_arithmetic_is_what_torch_counts(change: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
     config = FlowConfig(**(BASE | change))
     flow, x = StarFlow(config), torch.randn(1, 4, 3, 3, 5)
     text = torch.randn(1, 6, 8) if config.text_tokens else None

@@ -36,12 +36,6 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    """Networks so small that threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def text() -> TextEncoder:
     return new_text_encoder(TextConfig(**SETTINGS["text"]), SETTINGS["flow"]["text_tokens"], CAPTIONS)

@@ -44,7 +44,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "alone": {},
     "parts": {"accumulate": 2},
     "sharded": {"shards": 2, "accumulate": 2, "recompute": True},
-    "offloaded": {"shards": 2, "offload": True},
+    "offloaded": {"shards": 1, "offload": True},
     "bfloat16": {"shards": 2, "precision": "bfloat16"},
     "muon": {"optimizer": "muon", "shards": 1},
     "sharded muon": {"optimizer": "muon", "shards": 2},
