@@ -98,6 +98,18 @@ def no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def text_shapes(text_encoder: str | Path) -> Any:
+    """The T5 encoder of a folder on the `meta` device: how large it is; no weights are read. Raises ValueError where there is none."""
+    from transformers import T5Config, T5EncoderModel
+
+    try:
+        config = T5Config.from_pretrained(str(text_encoder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{text_encoder}: no T5 encoder's configuration ({(str(error).splitlines() or [''])[0][:200]})") from None
+    with torch.device("meta"):
+        return T5EncoderModel(config)
+
+
 def load_text_encoder(
     text_encoder: str | Path, tokenizer: str | Path, tokens: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:

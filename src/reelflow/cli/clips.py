@@ -43,7 +43,7 @@ def generate(
         spoken(prompt, "generate")
         check_length(length.seconds, length.frames)
         job.settle(prompt, options.seed, still=length.frames == 1, asked=("stream",) * stream)
-        pipe = job.load()
+        pipe = job.load(seconds=length.seconds, frames=length.frames, aspect=aspect, stream=stream)
         how: dict[str, Any] = {"seed": job.seed, "sampling": job.sampling, "progress": job.report, **job.more}
         how |= {"seconds": length.seconds, "frames": length.frames} | ({"aspect": aspect} if aspect else {})
         clip, frames = job.write_pieces(pipe.stream(prompt, **how)) if stream else job.write(pipe.generate(prompt, **how))
@@ -71,7 +71,7 @@ def animate(
         check_length(length.seconds, length.frames)
         job.settle(prompt or f"animated {Path(image).stem}", options.seed)
         first = picture(image)
-        clip = job.load().animate(
+        clip = job.load(seconds=length.seconds, frames=length.frames).animate(
             first, prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, sampling=job.sampling, progress=job.report,
             **job.more,
         )  # fmt: skip

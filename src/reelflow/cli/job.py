@@ -19,6 +19,7 @@ from reelflow.cli.screen import Report, Screen
 if TYPE_CHECKING:
     from reelflow.clip import Clip
     from reelflow.pipelines import Pipeline
+    from reelflow.pipelines.loading import Asked
     from reelflow.pipelines.starflow import Sampling
     from reelflow.pipelines.svd import Diffusion
 
@@ -79,8 +80,8 @@ class Job:
         self.report("reading", 0.0)
         return Clip.open(video, part.max_frames, part.start)
 
-    def load(self) -> Pipeline:
-        """The model; says the licence of published weights."""
+    def load(self, **clip: Any) -> Pipeline:
+        """The model; says the licence of published weights. `clip`: of a command that makes one, what its memory budget is for."""
         import reelflow
         from reelflow.adapters.hub import licence_notice
         from reelflow.adapters.lora import Lora, parse
@@ -90,7 +91,8 @@ class Job:
         loras = [parse(text) for text in options.lora or ()] if isinstance(options, Making) else []
         for file, _ in loras:
             Lora.open(file)
-        pipe = reelflow.load(options.model, options.device, options.precision)
+        fitting = within(options, clip) if isinstance(options, Making) else ()
+        pipe = reelflow.load(options.model, options.device, options.precision, *fitting)
         for file, weight in loras:
             pipe.load_lora(file, weight)
         notice = licence_notice(options.model) or licence_notice(pipe.about.licence)
@@ -175,6 +177,16 @@ class ClipJob(Job):
         if waited := made["seconds"].get("first_frame"):
             words += f" · first frame after {waited:.1f} s"
         self.screen.result(values, f"{words} · took {self.took:.1f} s")
+
+
+def within(options: Making, clip: dict[str, Any]) -> tuple[str, Asked] | tuple[()]:
+    """The memory budget, if there is one, and the clip that it is for."""
+    from reelflow.pipelines.loading import Asked
+
+    if options.memory_budget is None:
+        return ()
+    how: dict[str, Any] = {"guidance": options.guidance, "ring": options.ring, "denoise": options.denoise, "certify": options.certify}
+    return options.memory_budget, Asked(**how, **{name: value for name, value in clip.items() if value is not None})
 
 
 def given(*options: object) -> list[str]:

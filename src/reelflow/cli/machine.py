@@ -51,8 +51,8 @@ def bench(
         if profile:
             found = whole.run(options.model, options.device, options.precision, frames, repeats, progress=job.report)
         else:
-            rows = {options.precision: sampling.ours(options.precision)}
-            found = sampling.run(options.model, options.device, rows, frames=frames, repeats=repeats, progress=job.report)
+            asked = {options.precision: None}
+            found = sampling.run(options.model, options.device, asked, frames=frames, repeats=repeats, progress=job.report)
         words = (whole if profile else sampling).table(found)
     job.screen.result(found, words)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from reelflow.adapters.precision import Precision
+
 MACHINE, SAMPLING, OUTPUT = "Model and machine", "Sampling", "Output"
 Tolerance = Annotated[
     float | None,
@@ -50,9 +52,13 @@ class OnModel(Printing):
         typer.Option("--device", rich_help_panel=MACHINE, help="cpu, cuda, cuda:1 … \\[default: cuda where there is a GPU, else cpu]"),
     ] = None
     precision: Annotated[
-        Literal["float32", "bfloat16"],
-        typer.Option("--precision", rich_help_panel=MACHINE, help="Of the transformer layers. bfloat16: half their memory, less exact."),
-    ] = "float32"
+        Precision,
+        typer.Option(
+            "--precision", rich_help_panel=MACHINE,
+            help="Of the transformer layers. auto: bfloat16 for large flows where the device is fast in it, else float32; mini is always "
+            "float32. int8, int4 (weights), fp8 (weights and activations): smaller, less exact; flows only, with reelflow\\[quantize].",
+        ),
+    ] = "auto"  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,14 @@ class Making(Writing):
             help="Leave the noise that the model was trained with in the clip.",
         ),
     ] = True
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget", metavar="24GB", rich_help_panel=MACHINE,
+            help="Of the device (MB, GB, MiB, GiB). The best precision and placement that keep within it are chosen before anything is "
+            "loaded, printed, and stored in the file. Flows only.",
+        ),
+    ] = None  # fmt: skip
     lora: Annotated[
         list[str] | None,
         typer.Option(

@@ -31,11 +31,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from reelflow.adapters.precision import settle
 from reelflow.evaluation.doctor import examine
 from reelflow.evaluation.published import Published
 from reelflow.flow import StarFlow
@@ -78,14 +79,14 @@ def cases(schedules: Mapping[Precision, Sequence[Schedule]], published: Sequence
 
 
 def run(
-    model: str = "mini", device: str | None = None, schedules: Mapping[Precision, Sequence[Schedule]] | None = None,
+    model: str = "mini", device: str | None = None, schedules: Mapping[Precision, Sequence[Schedule] | None] = {"float32": None},
     published: Sequence[float] = (1e-3, 1e-4), prompts: Sequence[str] = PROMPTS, seed: int = 0, frames: int | None = None,
     guidance: float | None = None, repeats: int = 3, progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Benchmark a model.
 
     Args:
-        schedules: ours to measure, by precision of the network; by default those of `ours` in float32.
+        schedules: ours to measure, by precision of the network (see `adapters.precision`); None: those of `ours` in that one.
         published: tolerances of the published algorithm on our engine (shares of a mean square; its own is 1e-3).
         prompts: one clip each, sampled as one batch.
         seed: of the noise, 0 ….
@@ -102,20 +103,22 @@ def run(
     if repeats < 1 or not prompts:
         raise ValueError(f"repeats {repeats}, {len(prompts)} prompts: give at least one of each")
     pipe = flow_pipeline(model, device)
-    schedules = {"float32": ours("float32")} if schedules is None else schedules
+    parameters = sum(weight.numel() for weight in pipe.flow.parameters())
+    wanted = {cast(Precision, settle(asked, pipe.device, parameters)): own for asked, own in schedules.items()}
     flows: dict[str, StarFlow] = {"float32": pipe.flow}
-    for precision in schedules:
+    for precision in wanted:
         if precision not in flows:
             flows[precision] = flow_pipeline(model, device, precision).flow
+    rows = cases({precision: ours(precision) if own is None else own for precision, own in wanted.items()}, published)
     noise, states, guidance = clips(pipe, prompts, seed, frames, guidance)
     machine, busy = examine(), os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "model": pipe.about.name, "revision": pipe.about.revision, "parameters": sum(weight.numel() for weight in pipe.flow.parameters()),
-        "device": str(pipe.device), "precisions": list(schedules), "guidance": guidance, "batch": len(prompts), "seed": seed,
+        "model": pipe.about.name, "revision": pipe.about.revision, "parameters": parameters,
+        "device": str(pipe.device), "precisions": list(wanted), "guidance": guidance, "batch": len(prompts), "seed": seed,
         "repeats": repeats, "latents": dict(zip(("frames", "height", "width"), (noise.shape[1], *noise.shape[3:]), strict=True)),
         "machine": {topic: machine[topic] for topic in ("system", "processor", "memory", "gpu")} | {"torch": torch.__version__},
         "load_before": busy,
-        "rows": measure(flows, noise, states, guidance, cases(schedules, published), repeats, progress),
+        "rows": measure(flows, noise, states, guidance, rows, repeats, progress),
     }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,10 @@ def _processor() -> dict[str, Any]:
 
 def _memory() -> dict[str, str]:
     """Of the machine, or less where a control group limits it."""
-    if sys.platform == "win32":
-        return {"total": "not known here"}
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(name).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return {"total": f"{total / 2**30:.1f} GiB"}
+    from reelflow.pipelines.offload import host_memory
+
+    total = host_memory()
+    return {"total": f"{total / 2**30:.1f} GiB" if total else "not known here"}
 
 
 def _gpus() -> dict[str, str]:

@@ -145,7 +145,7 @@ def run(
                 shares[name] = watch.result(statistics.median(times[name][1:]))
             progress("profile", (1 + index) / (2 + repeats))
     return {
-        "model": pipe.about.name, "revision": pipe.about.revision, "device": str(pipe.device), "precision": precision,
+        "model": pipe.about.name, "revision": pipe.about.revision, "device": str(pipe.device), "precision": pipe.precision,
         "latents": dict(zip(("frames", "height", "width"), shape, strict=True)),
         "tolerance": schedule.accuracy(pipe.flow.deep_block.precision),
         "phases": [

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reelflow.pipelines.base import Device, Encoding, Pipeline, Precision, Score
 
+if TYPE_CHECKING:
+    from reelflow.pipelines.loading import Asked
 
-def load(source: str | Path, device: Device | None = None, precision: Precision = "float32") -> Pipeline:
+FULL = ("auto", "float32")
+"""Precisions of which weights in half precision are not enough."""
+
+
+def load(
+    source: str | Path, device: Device | None = None, precision: Precision = "auto", memory_budget: str | None = None,
+    clip: Asked | None = None,
+) -> Pipeline:  # fmt: skip
     """Load a model: a packaged name ("mini"), a model folder, a reference checkpoint file, or a Hugging Face id.
 
     Under torchrun all processes load one model together, and make every clip together: each makes the same calls and gets the
@@ -15,29 +25,40 @@ def load(source: str | Path, device: Device | None = None, precision: Precision 
 
     Args:
         device: "cpu", "cuda", …; by default a GPU if there is one.
-        precision: of the transformer layers' products; what moves the flow's values stays float32.
+        precision: of the transformer layers; what moves the flow's values stays float32. "auto": bfloat16 for large flows where
+            that is fast, else float32 (see `adapters.precision`).
+        memory_budget: "24GB", "800MiB": of the device. Flows only: the best way of running that keeps within it is chosen before
+            anything is loaded, said in a warning, and stored in every clip. What does not fit stays in the host's memory.
+        clip: what the budget is for, by default a clip of the trained length.
 
     Raises:
         ValueError: unknown model, missing or unfitting files, a family that is not here, a number of processes that cannot
             run this model together.
     """
     from reelflow.adapters.hub import resolve
+    from reelflow.adapters.precision import PRECISIONS, QUANTISED
     from reelflow.adapters.torchrun import join
+    from reelflow.pipelines.budget import parse
 
-    place = resolve(source, half=precision != "float32")
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision {precision!r} is not one of float32, bfloat16")
+    budget = None if memory_budget is None else parse(memory_budget)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    place = resolve(source, half=precision not in FULL)
     family, device = _kind(place), _device(device)
     if join(device) > 1 and not family.shares:
         raise ValueError(f"{source}: models of this family run in one process each; start it without torchrun")
-    return family.load(place, device, precision)
+    if family.fits:
+        return family.load(place, device, precision, budget=budget, asked=clip)
+    if budget is not None or precision in QUANTISED:
+        raise ValueError(f"{source}: models of this family come in float32 and bfloat16, and take no memory budget")
+    return family.load(place, device, "float32" if precision == "auto" else precision)
 
 
-def kind(source: str | Path, precision: Precision = "float32") -> type[Pipeline]:
+def kind(source: str | Path, precision: Precision = "auto") -> type[Pipeline]:
     """The class of the pipeline that `load` would give; at most fetched, not loaded. Raises ValueError for an unknown model."""
     from reelflow.adapters.hub import resolve
 
-    return _kind(resolve(source, half=precision != "float32"))
+    return _kind(resolve(source, half=precision not in FULL))
 
 
 def _kind(place: Path) -> type[Pipeline]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from reelflow.adapters.checkpoint import read_weights, written
+from reelflow.adapters.precision import Precision
 from reelflow.clip import Clip, heat_map
 from reelflow.config import ModelConfig
 from reelflow.media.picture import picture_rgb
 from reelflow.version import VERSION
 
 Device = str | torch.device
-Precision = Literal["float32", "bfloat16"]
 Picture = str | Path | Image.Image | np.ndarray | Clip
 LONGEST = 3600
 """Seconds: what a clip in memory may have."""
@@ -33,6 +33,18 @@ Progress = Callable[[str, float], None]
 
 def silent(phase: str, share: float) -> None:
     """No progress shown."""
+
+
+def tokens_to_share(progress: Progress, total: int) -> Callable[[int], None]:
+    """Tells `progress` of a sampler that counts tokens."""
+    done = 0
+
+    def step(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress("sampling", min(1.0, done / total))
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -124,11 +136,14 @@ class Pipeline:
     shares: ClassVar[bool] = False
     """Whether several processes can run one model together, under torchrun."""
 
+    fits: ClassVar[bool] = False
+    """Whether it comes in fewer than 16 bits, and within a memory budget."""
+
     about: ModelConfig
 
     @classmethod
-    def load(cls, source: Path, device: Device, precision: Precision) -> Self:
-        """Load a model folder or checkpoint file."""
+    def load(cls, source: Path, device: Device, precision: Precision, **fitting: Any) -> Self:
+        """Load a model folder or checkpoint file; `fitting`: of a family that `fits`, its memory budget."""
         raise NotImplementedError
 
     @classmethod

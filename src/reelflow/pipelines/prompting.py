@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,8 @@ class Prompting:
     config: FlowConfig
     encoder: TextEncoder | None
     device: torch.device
+    use: Callable[..., AbstractContextManager[None]] = lambda *parts: nullcontext()
+    """Has parts of the model on the device; here "text"."""
 
     def guidance(self, asked: float | None) -> float:
         """The guidance to use: as asked, else the model's own; 0 without text."""
@@ -35,13 +39,15 @@ class Prompting:
         if self.encoder is None:
             return None
         wrap = self.about.prompt
-        found = self.encoder.encode([
+        wrapped = [
             wrap_prompt(
                 prompt, fps=self.about.fps if wrap.fps else None, image=image, noise_std=self.config.noise_std if wrap.noise else None,
                 aspect=aspect if wrap.aspect else None,
             )
             for prompt in prompts
-        ])  # fmt: skip
+        ]  # fmt: skip
+        with self.use("text"):
+            found = self.encoder.encode(wrapped)
         for cut in filter(None, found.cut):
             say(f"the prompt is longer than the {self.encoder.tokens} tokens the text encoder takes; not read: {cut.strip()!r}")
         return found.states.to(self.device)

@@ -6,20 +6,22 @@ Shapes: B clips, F latent frames, C channels, h × w places, L text tokens, E te
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reelflow.adapters.text import TextEncoder, load_text_encoder
-from reelflow.adapters.vae import Codec, load_codec
+from reelflow.adapters.precision import QUANTISED
+from reelflow.adapters.text import TextEncoder
+from reelflow.adapters.vae import Codec
 from reelflow.clip import Clip
-from reelflow.config import FlowConfig, ModelConfig
+from reelflow.config import ModelConfig
 from reelflow.denoise import denoise, denoise_frames
 from reelflow.flow import StarFlow
 from reelflow.likelihood import LogProb, add_noise, log_prob
@@ -37,10 +39,15 @@ from reelflow.pipelines.base import (
     say,
     silent,
     spoken,
+    tokens_to_share,
 )
 from reelflow.pipelines.framing import Framing
 from reelflow.pipelines.prompting import Prompting
 from reelflow.sampling import Schedule, Settings, certify, default_context, sample, stream
+
+if TYPE_CHECKING:
+    from reelflow.pipelines.budget import Plan
+    from reelflow.pipelines.loading import Asked
 
 
 @dataclass(frozen=True)
@@ -71,29 +78,41 @@ EXACTLY = Sampling(schedule=Schedule(tolerance=1e-6))
 class StarFlowPipeline(Pipeline):
     """A flow with its video codec and text encoder."""
 
-    shares = True
+    shares = fits = True
 
-    def __init__(self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None):
-        self.about, self.flow, self.codec, self.text = about, flow.eval().requires_grad_(False), codec, text
+    def __init__(
+        self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None, device: torch.device | None = None,
+        precision: str | None = None, plan: Plan | None = None,
+    ):  # fmt: skip
+        """plan: how it keeps within a memory budget. Where and in what the flow runs is, by default, as it is."""
+        self.about, self.flow, self.codec, self.text, self.plan = about, flow.eval().requires_grad_(False), codec, text, plan
+        self.device = device or flow.deep_block.proj_in.weight.device
+        self.precision = precision or str(flow.deep_block.precision).removeprefix("torch.")
+        self.use = plan.places(self.device, flow, codec, text) if plan else (lambda *parts: nullcontext())
         self.framing = Framing(about, codec)
-        self.prompting = Prompting(about, flow.config, text, self.device)
+        self.prompting = Prompting(about, flow.config, text, self.device, self.use)
         self.loras: list[dict[str, Any]] = []
 
     def load_lora(self, file: str | Path, weight: float = 1.0) -> None:
         """Add a LoRA's change, times `weight`, to the weights of the flow; several add up. Raises ValueError where it does not fit."""
         from reelflow.adapters.lora import Lora, apply
 
-        if self.flow.ranks.tensor > 1:
-            raise ValueError("the layers are shared among processes; add the LoRA before: reelflow models merge MODEL LORA -o FOLDER")
+        shared = self.flow.ranks.tensor > 1
+        if shared or self.precision in QUANTISED or (self.plan and self.plan.way.layers == "host"):
+            why = "shared among processes" if shared else f"in {self.precision}, or in the host's memory"
+            raise ValueError(f"the layers are {why}; add the LoRA before: reelflow models merge MODEL LORA -o FOLDER")
         apply(Lora.open(file), dict(self.flow.named_parameters()), self.about, weight)
         self.loras.append({"file": Path(file).name, "weight": weight})
 
     def made(self, task: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:
-        return super().made(task, prompt, seed, **settings, **({"lora": self.loras} if self.loras else {}))
+        made = super().made(task, prompt, seed, precision=self.precision, **settings, **({"lora": self.loras} if self.loras else {}))
+        return made | ({"memory": self.plan.about()} if self.plan else {})
 
-    @property
-    def device(self) -> torch.device:
-        return self.flow.deep_block.proj_in.weight.device
+    def _check(self, latents_BFChw: Tensor, guidance: float = 0.0, sampling: Sampling = Sampling(), **wish: Any) -> None:
+        """Raise ValueError where a clip of these latents does not fit the memory budget; `wish`: see `account.Wish`."""
+        if self.plan:
+            wish |= {name: getattr(sampling, name) for name in ("ring", "denoise", "certify")}
+            self.plan.check(tuple(latents_BFChw.shape), guidance, **wish)
 
     def generate(
         self, prompt: str, *, seed: int | None = None, seconds: float | None = None, frames: int | None = None, aspect: str = "1:1",
@@ -199,9 +218,10 @@ class StarFlowPipeline(Pipeline):
         source, aspect = self.framing.source(clip, None)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
         window, frames = self.flow.config.window, x.shape[1]
+        self._check(x[:, :window], read=True)
         _, texts = self.prompting.parts([(0, [prompt])], 0.0, aspect, frames)
         context, parts, start, skip = default_context(window), [], 0, 0
-        with torch.no_grad():
+        with torch.no_grad(), self.use("flow"):
             while start + skip < frames:
                 found = log_prob(self.flow, x[:, start : start + window].to(self.device), texts[-1 if start else 0][1])
                 parts.append(found.map[:, skip:].cpu())
@@ -219,8 +239,10 @@ class StarFlowPipeline(Pipeline):
         """
         source, aspect = self.framing.source(clip, self.about.frames)
         x = add_noise(self._latents(source).cpu(), self.flow.config.noise_std, torch.Generator().manual_seed(new_seed(seed)))
-        with torch.no_grad():
-            z = self.flow(x.to(self.device), self.prompting.states([prompt], aspect, image=len(source) == 1)).z
+        self._check(x, read=True)
+        states = self.prompting.states([prompt], aspect, image=len(source) == 1)
+        with torch.no_grad(), self.use("flow"):
+            z = self.flow(x.to(self.device), states).z
         progress("encoding", 1.0)
         return Encoding(z[0].cpu(), prompt, source.fps, seed, self.about.name, self.about.revision)
 
@@ -263,20 +285,22 @@ class StarFlowPipeline(Pipeline):
         seed = self._agree(new_seed(seed), (said, length, aspect, sampling))
         noise = self._noise(seed, self.codec.latent_shape(length, *self.framing.frame_size(aspect)))[None]
         guidance = self.prompting.guidance(sampling.guidance)
+        self._check(noise, guidance, sampling, stream=True)
         parts = [(self._latent_frame(at), [spoken(text, "generate")]) for at, text in said]
         conditional, both = self.prompting.parts(parts, guidance, aspect, noise.shape[1])
         found = stream(
             self.flow, noise.to(self.device), both, guidance, context=sampling.context, ring=sampling.ring, schedule=sampling.schedule,
-            progress=_tokens_to_share(progress, noise[0, :, 0].numel() * len(self.flow.config.layers)),
+            progress=tokens_to_share(progress, noise[0, :, 0].numel() * len(self.flow.config.layers)),
         )  # fmt: skip
         if sampling.denoise:
             found = denoise_frames(self.flow, found, lambda frame: [text for first, text in conditional if first <= frame][-1])
         words = " → ".join(text for _, text in said)
         made = self.made("generate", words, seed, frames=length, aspect=aspect, **self._settings(sampling, guidance))
         first = 0.0
-        for pixels in self.codec.decode_frames(found):
-            first = first or round(time.perf_counter() - began, 3)
-            yield Clip(pixels[0].numpy(), self.about.fps, made | {"seconds": {"first_frame": first}})
+        with self.use("flow", "denoiser", "codec"):
+            for pixels in self.codec.decode_frames(found):
+                first = first or round(time.perf_counter() - began, 3)
+                yield Clip(pixels[0].numpy(), self.about.fps, made | {"seconds": {"first_frame": first}})
 
     def _settings(self, sampling: Sampling, guidance: float) -> dict[str, Any]:
         """For the metadata: what was used, where the default stands for it."""
@@ -297,7 +321,8 @@ class StarFlowPipeline(Pipeline):
 
     def _latents(self, clip: Clip) -> Tensor:
         """(1, F, C, h, w): the posterior's mean, standardised and scaled, without noise."""
-        return self.codec.encode(torch.from_numpy(np.array(clip.frames))[None])
+        with self.use("codec"):
+            return self.codec.encode(torch.from_numpy(np.array(clip.frames))[None])
 
     def _noise(self, seed: int, shape: tuple[int, int, int]) -> Tensor:
         """(F, C, h, w) from a CPU generator, frame by frame: a longer clip begins with the shorter one's noise."""
@@ -312,16 +337,18 @@ class StarFlowPipeline(Pipeline):
         """Noise → clean latents. Given first frames come back unchanged. Also returns the settings and reports used."""
         began = time.perf_counter()
         config, frames = self.flow.config, noise_BFChw.shape[1]
-        guidance, window = self.prompting.guidance(sampling.guidance), window or config.window
+        guidance, given = self.prompting.guidance(sampling.guidance), 0 if given_1FChw is None else given_1FChw.shape[1]
+        self._check(noise_BFChw, guidance, sampling, given=given, window=window)
+        window = window or config.window
         conditional, both = self.prompting.parts([(0, [task + prompt for prompt in prompts])], guidance, aspect, frames, window)
         prefix = None
         if given_1FChw is not None:
-            noisy = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1))
-            prefix = noisy.to(self.device)
-        given, noise = 0 if prefix is None else prefix.shape[1], noise_BFChw.to(self.device)
+            prefix = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1)).to(self.device)
+        noise = noise_BFChw.to(self.device)
         settings = Settings(window=window, context=sampling.context, ring=sampling.ring, schedule=sampling.schedule)
-        settings["progress"] = _tokens_to_share(progress, noise[:, given:, 0].numel() * len(config.layers))
-        latents, reports = sample(self.flow, noise, both, guidance, prefix, **settings)
+        settings["progress"] = tokens_to_share(progress, noise[:, given:, 0].numel() * len(config.layers))
+        with self.use("flow"):
+            latents, reports = sample(self.flow, noise, both, guidance, prefix, **settings)
         used: dict[str, Any] = {
             "settings": self._settings(sampling, guidance),
             "reports": {name: asdict(report) for name, report in reports.items()},
@@ -329,10 +356,12 @@ class StarFlowPipeline(Pipeline):
         sampled = time.perf_counter()
         if sampling.certify:
             progress("certifying", 0.0)
-            used["certificate"] = certify(self.flow, latents, noise, both, guidance, given, **settings)._asdict()
+            with self.use("flow"):
+                used["certificate"] = certify(self.flow, latents, noise, both, guidance, given, **settings)._asdict()
         if sampling.denoise:
             progress("denoising", 0.0)
-            latents = denoise(self.flow, latents, conditional[0][1], window)
+            with self.use("denoiser" if config.denoiser else "flow"):
+                latents = denoise(self.flow, latents, conditional[0][1], window)
         if given_1FChw is not None:
             latents = torch.cat((given_1FChw.to(latents), latents[:, given:]), 1)
         used["seconds"] = {"sampling": round(sampled - began, 3), "denoising": round(time.perf_counter() - sampled, 3)}
@@ -341,9 +370,10 @@ class StarFlowPipeline(Pipeline):
     def _decode(self, latents_BFChw: Tensor, progress: Progress) -> np.ndarray:
         """uint8 (B, frames, H, W, 3)."""
         parts = []
-        for index, pixels in enumerate(self.codec.decode_frames(latents_BFChw.unbind(1))):
-            parts.append(pixels)
-            progress("decoding", (index + 1) / latents_BFChw.shape[1])
+        with self.use("codec"):
+            for index, pixels in enumerate(self.codec.decode_frames(latents_BFChw.unbind(1))):
+                parts.append(pixels)
+                progress("decoding", (index + 1) / latents_BFChw.shape[1])
         return torch.cat(parts, 1).numpy()
 
     def _clip(self, pixels: np.ndarray, task: str, prompt: str, seed: int | None, used: dict[str, Any], **settings: Any) -> Clip:
@@ -351,46 +381,13 @@ class StarFlowPipeline(Pipeline):
         return Clip(pixels, self.about.fps, made | {name: found for name, found in used.items() if name != "settings"})
 
     @classmethod
-    def load(cls, source: Path, device: Device, precision: Precision) -> Self:
-        """Load a model folder, or a reference checkpoint file as it is (its codec and T5 from beside it or Hugging Face).
+    def load(
+        cls, source: Path, device: Device, precision: Precision, budget: int | None = None, asked: Asked | None = None, **_: Any
+    ) -> Self:
+        """Load a model folder, or a reference checkpoint file as it is; see `loading.load_parts`."""
+        from reelflow.pipelines.loading import Asked, load_parts
 
-        Raises ValueError naming what is missing or does not fit, or where the processes that run together cannot share the model.
-        """
-        from reelflow.adapters.checkpoint import load_into, read_weights
-        from reelflow.adapters.convert import open_checkpoint
-        from reelflow.adapters.hub import part_folder
-        from reelflow.adapters.torchrun import ranks
-
-        folder = source if source.is_dir() else source.parent
-        weights: Mapping[str, Tensor]
-        if source.is_dir():
-            about = ModelConfig.read(source / "config.json")
-            config = FlowConfig.read(source / "transformer" / "config.json")
-            weights = read_weights(source / "transformer")
-        else:
-            about, config, weights = open_checkpoint(source)
-        with torch.device("meta"):
-            flow = StarFlow(config).set_precision(getattr(torch, precision))
-        together = ranks(config, device)
-        load_into(flow, weights, device, "declared")
-        flow.share(together)
-        codec = load_codec(part_folder(folder, "vae", about.parts), about.latent_scale, device)
-        text = None
-        if config.text_tokens:
-            encoder, tokenizer = (part_folder(folder, part, about.parts) for part in ("text_encoder", "tokenizer"))
-            text = load_text_encoder(encoder, tokenizer, config.text_tokens, device)
-        return cls(about, flow, codec, text)
-
-
-def _tokens_to_share(progress: Progress, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def step(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress("sampling", min(1.0, done / total))
-
-    return step
+        return cls(**load_parts(source, device, precision, budget, asked or Asked()))
 
 
 __all__ = ["Sampling", "StarFlowPipeline"]

@@ -43,7 +43,7 @@ class SvdPipeline(Pipeline):
         self.denoiser, self.decoder = Denoiser(parts.unet).eval(), Decoder(parts.vae).eval()
 
     @classmethod
-    def load(cls, source: Path, device: Device, precision: Precision = "float32") -> Self:
+    def load(cls, source: Path, device: Device, precision: Precision = "float32", **fitting: Any) -> Self:
         """Load a diffusers folder or an original single file. Raises ValueError as `adapters.svd.load_parts`."""
         return cls(load_parts(source, device, getattr(torch, precision)))
 
