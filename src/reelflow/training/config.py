@@ -118,7 +118,7 @@ class TrainConfig(Strict):
     keep: int = Field(2, ge=1)
     """Checkpoints that stay; older ones are removed."""
     timeout: float = Field(10.0, gt=0)
-    """Minutes without an answer after which another rank counts as lost."""
+    """Minutes without an answer after which another rank counts as lost; more than the first one needs for samples."""
     sample_every: int = Field(0, ge=0)
     """Steps between sample clips; 0: none."""
     sample_prompts: tuple[str, ...] = ()

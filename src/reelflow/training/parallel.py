@@ -44,14 +44,15 @@ class LostRankError(RuntimeError):
 class Ranks:
     """This process among those of the run.
 
-    mesh: of the ranks that hold the layers' matrices together, None where each holds all. files: the group that the writing
-    of checkpoints talks in, beside the training.
+    mesh: of the ranks that hold the layers' matrices together, None where each holds all. words, files: groups over the CPU,
+    of the loop, and of what writes checkpoints beside it.
     """
 
     device: torch.device
     rank: int = 0
     count: int = 1
     mesh: DeviceMesh | None = None
+    words: dist.ProcessGroup | None = None
     files: dist.ProcessGroup | None = None
 
     @property
@@ -77,12 +78,12 @@ class Ranks:
         """What the first rank says (any small object)."""
         said = [value]
         if self.count > 1:
-            dist.broadcast_object_list(said, src=0)
+            dist.broadcast_object_list(said, src=0, group=self.words)
         return said[0]
 
     def meet(self) -> None:
         if self.count > 1:
-            dist.barrier(self.files)
+            dist.barrier(self.words)
 
 
 def join(config: TrainConfig) -> Ranks:
@@ -112,8 +113,8 @@ def join(config: TrainConfig) -> Ranks:
     if shards > 1 or config.offload:
         shape, names = ((shards,), ("shard",)) if shards == count else ((count // shards, shards), ("replicate", "shard"))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    files = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout))
-    return Ranks(device, rank, count, mesh, files)
+    words, files = (dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout)) for _ in range(2))
+    return Ranks(device, rank, count, mesh, words, files)
 
 
 def leave() -> None:
