@@ -18,7 +18,7 @@ class KVCache:
     """
 
     def __init__(self, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        shape = (layers, rows, slots, heads, head_dim)
+        shape, self.dtype = (layers, rows, slots, heads, head_dim), dtype
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # a slot not written yet is masked, but must not be NaN
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.first_B1 = torch.arange(0, rows * slots, slots, device=device)[:, None]
@@ -32,7 +32,9 @@ class KVCache:
         sees the slots that `seen_BnK` (bool, over the first K slots) marks for it. Both broadcast over the rows.
         """
         index = (self.first_B1 + slot_Bn).flatten()
-        mask, used = seen_BnK[:, None], seen_BnK.shape[-1]
+        used = seen_BnK.shape[-1]
+        # Added to the products, made once: every layer would turn marks into this again.
+        mask = torch.zeros(seen_BnK.shape, dtype=self.dtype, device=seen_BnK.device).masked_fill_(~seen_BnK, -torch.inf)[:, None]
 
         def attend(layer: int) -> Attend:
             return lambda q_BHTD, k_BHTD, v_BHTD: attention(q_BHTD, *self.write(layer, index, (k_BHTD, v_BHTD), used), mask)

@@ -39,6 +39,7 @@ class ByteCache(KVCache):
 
     def __init__(self, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers, rows, heads, slots, head_dim, torch.int8, device)
+        self.dtype = dtype
         self.scales = torch.zeros(2, layers, rows, slots, heads, 1, dtype=dtype, device=device)
 
     def write(self, layer: int, index: Tensor, new: tuple[Tensor, Tensor], used: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ class HostCache(KVCache):
     """Keys and values in the host's memory, exact: one layer's are on the device at a time, and the next layer's on their way there."""
 
     def __init__(self, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        cuda, shape = device.type == "cuda", (layers, rows, slots, heads, head_dim)
+        cuda, shape, self.dtype = device.type == "cuda", (layers, rows, slots, heads, head_dim), dtype
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=cuda) for _ in range(2))
         self.near = torch.zeros(2, 2, rows, slots, heads, head_dim, dtype=dtype, device=device)
         """Of an even and of an odd layer: keys, values."""
