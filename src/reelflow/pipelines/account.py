@@ -250,7 +250,7 @@ class Account:
         def run() -> None:
             if whole:
                 flow.to_deep(self._noise(wish, whole))
-            frames = wish.clips * (1 if wish.stream else wish.frames)
+            frames = wish.clips * (1 if wish.stream else min(wish.frames, wish.window or self.config.window))
             blocks = Shallow(flow, frames, (wish.height, wish.width), Schedule(window=self._window(places)), silent)
             for solver, reader in blocks.steps[:1]:
                 reader(solver.stream[:, : solver.window], torch.arange(solver.window)[None], places)

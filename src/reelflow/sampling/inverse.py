@@ -1,4 +1,4 @@
-"""Noise → latents: the deep block over the video, then the shallow blocks, for all frames at once or as they come.
+"""Noise → latents: the deep block over the video, then the shallow blocks, for a window of frames at once or as they come.
 
 Shapes: B clips, F latent frames, S places of a frame, C latent channels, h × w places, L text tokens, E text channels.
 """
@@ -42,9 +42,13 @@ def sample(
     """
     size, reports = (noise_BFChw.shape[-2], noise_BFChw.shape[-1]), dict[str, Report]()
     u = torch.stack(list(deep_frames(model, noise_BFChw, texts, guidance, prefix_BFChw, reports, False, **settings)), 1)
-    shallow = Shallow(model, u.shape[0] * u.shape[1], size, settings.get("schedule", Schedule()), settings.get("progress", silent))
-    latents = from_tokens(shallow(u), *size)
-    reports["shallow"] = shallow.report
+    schedule, progress, made, parts = settings.get("schedule", Schedule()), settings.get("progress", silent), dict[int, Shallow](), []
+    for some in u.split(settings.get("window") or model.config.window, 1):  # what a long video holds does not grow with it
+        frames = some.shape[0] * some.shape[1]
+        made[frames] = shallow = made.get(frames) or Shallow(model, frames, size, schedule, progress)
+        parts.append(from_tokens(shallow(some), *size))
+    reports["shallow"] = sum((shallow.report for shallow in made.values()), Report())
+    latents = torch.cat(parts, 1)
     return latents if prefix_BFChw is None else torch.cat((wide(prefix_BFChw), latents), 1), reports
 
 
