@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from rig import FULL, VAE
-from torch import Tensor
+from torch import Tensor, nn
 
 from reelflow.adapters.hub import resolve
 from reelflow.adapters.vae import VideoCodec, load_codec
@@ -43,8 +43,8 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {"mini's": (m
 @torch.no_grad()
 def measure(name: str, precision: str, repeats: int) -> dict[str, Any]:
     make, shape = CASES[name]
-    vae = make().to(getattr(torch, precision))
-    theirs, codec = deepcopy(vae).to(memory_format=torch.contiguous_format), VideoCodec(vae)
+    vae = nn.Module.to(make(), getattr(torch, precision))  # past the library's own, which has something to say
+    theirs, codec = deepcopy(vae), VideoCodec(vae)
     latents = torch.randn(1, shape[0], codec.channels, *shape[1:], generator=torch.Generator().manual_seed(0))
     raw = (latents * codec.std_C11 + codec.mean_C11).transpose(1, 2).to(vae.dtype)
 

@@ -1,7 +1,7 @@
 """Speed, exactness and memory of every sampling schedule.
 
     python benchmarks/sampling.py                                       # one table: mini, float32 and bfloat16
-    python benchmarks/sampling.py --all --write docs/performance.md     # all that docs/performance.md shows, about twelve minutes
+    python benchmarks/sampling.py --all --write docs/performance.md     # all that docs/performance.md shows, about half an hour
 
 `--all`: mini and the same function in a network of 60 M parameters (`grown.py`), memory of every sampler in a process of its own
 (`memory.py`), cost against length and size, the ring against exact windows (`scaling.py`), where a clip's time goes, and decoding
