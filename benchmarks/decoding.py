@@ -44,7 +44,7 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {"mini's": (m
 def measure(name: str, precision: str, repeats: int) -> dict[str, Any]:
     make, shape = CASES[name]
     vae = nn.Module.to(make(), getattr(torch, precision))  # past the library's own, which has something to say
-    theirs, codec = deepcopy(vae), VideoCodec(vae)
+    theirs, codec = nn.Module.to(deepcopy(vae), memory_format=torch.contiguous_format), VideoCodec(vae)
     latents = torch.randn(1, shape[0], codec.channels, *shape[1:], generator=torch.Generator().manual_seed(0))
     raw = (latents * codec.std_C11 + codec.mean_C11).transpose(1, 2).to(vae.dtype)
 
