@@ -3,6 +3,8 @@
     python -m reelflow.training.vae runs/vae --export FOLDER
     torchrun --nproc-per-node 2 -m reelflow.training.vae runs/vae --export FOLDER      # one thread each: best on a busy CPU
 
+`training.svd.vae` trains that of Stable Video Diffusion by the same loop.
+
 Every batch follows from (seed, step, rank) alone, so a run that was stopped continues exactly where it was.
 Shape suffixes: B batch, C channels, F frames, T latent frames, H height, W width. Pixels lie in [-1, 1].
 """
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -82,6 +85,32 @@ class VaeTraining(Strict):
         return self.learning_rate * min((step + 1) / self.warmup, 1.0) * (0.005 + 0.995 * cosine)
 
 
+class Pass(Protocol):
+    """A VAE over whole clips, with gradients."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels (B, 3, F, H, W) to mean and log-variance (B, 2C, T, h, w)."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, T, h, w) to pixels."""
+
+
+class Kind(NamedTuple):
+    """A kind of VAE that this loop trains. one_pass: of a VAE, and whether norms are compiled where it has such that can be."""
+
+    about: str
+    new: Callable[[], Any]
+    open: Callable[[str], Any]
+    one_pass: Callable[[Any, bool], Pass]
+    reconstruct: Callable[[Any, Tensor], Tensor]
+    """Pixels through a VAE as diffusers runs it."""
+    latents: Callable[[Any, Tensor], Tensor]
+    """Their mode (B, C, T, h, w)."""
+    note: Callable[[Any, Tensor, Tensor, float], None]
+    """Put the mean and standard deviation of the latents, by channel, into the VAE's configuration."""
+    settings: VaeTraining
+
+
 def to_pixels(frames: Tensor) -> Tensor:
     """uint8 (B, F, H, W, 3) → float (B, 3, F, H, W) in [-1, 1]."""
     return frames.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1
@@ -120,7 +149,7 @@ def batch(config: VaeTraining, step: int, rank: int = 0) -> tuple[Tensor, Tensor
     return to_pixels(x), foreground(x, torch.stack(grounds)).unsqueeze(1)
 
 
-def loss_of(config: VaeTraining, model: OnePass, x: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+def loss_of(config: VaeTraining, model: Pass, x: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch, and its parts: weighted error of pixels and of edges, Kullback-Leibler term, PSNR in dB."""
     with torch.autocast(x.device.type, torch.bfloat16):
         mean, log_variance = model.encode(x).float().chunk(2, 1)
@@ -140,12 +169,12 @@ def loss_of(config: VaeTraining, model: OnePass, x: Tensor, mask: Tensor, genera
 class Trainer:
     """Model, optimiser and averaged weights; `state` and `load` make a run continue exactly."""
 
-    def __init__(self, config: VaeTraining, vae: AutoencoderKLWan | None = None, fused: bool = False) -> None:
+    def __init__(self, config: VaeTraining, vae: Any = None, fused: bool = False, kind: Kind | None = None) -> None:
+        kind = kind or WAN
         self.config, self.step = config, 0
         torch.manual_seed(config.seed)
-        self.vae = vae or new_vae()
-        channels_last(self.vae)
-        self.model = OnePass(self.vae, fused)
+        self.vae = vae or kind.new()
+        self.model = kind.one_pass(self.vae, fused)
         self.average = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
         if config.decoder_only:
             self.vae.encoder.requires_grad_(False)
@@ -185,9 +214,9 @@ class Trainer:
         torch._foreach_lerp_([self.average[name] for name in values], list(values.values()), 1 - decay)
         return {"loss": float(loss.detach()), **parts}
 
-    def averaged(self) -> AutoencoderKLWan:
+    def averaged(self) -> Any:
         """A copy of the model with the averaged weights."""
-        vae = AutoencoderKLWan.from_config(self.vae.config)
+        vae = type(self.vae).from_config(self.vae.config)
         vae.load_state_dict(self.average)
         return vae.eval()
 
@@ -216,11 +245,13 @@ def save(trainer: Trainer, path: Path) -> None:
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKLWan, seed: int, count: int = 8, frames: int = CLIP, split: Split = "any") -> dict[str, float]:
+def measure(
+    vae: Any, seed: int, count: int = 8, frames: int = CLIP, split: Split = "any", kind: Kind | None = None
+) -> dict[str, float]:
     """PSNR in dB of `vae` itself on fresh clips: all pixels, the objects' pixels, first frames, and the worst clip."""
     clips = render([sample_scene(seed, index, split=split) for index in range(count)], frames)
     x = to_pixels(clips)
-    y = torch.cat([vae.decode(vae.encode(piece).latent_dist.mode()).sample for piece in x.split(4)])
+    y = torch.cat([(kind or WAN).reconstruct(vae, piece) for piece in x.split(4)])
     square, mask = (y - x).square().mean(1) / 4, foreground(clips, backdrop(clips))
 
     def decibel(error: Tensor) -> float:
@@ -232,23 +263,23 @@ def measure(vae: AutoencoderKLWan, seed: int, count: int = 8, frames: int = CLIP
 
 @torch.no_grad()
 def export(
-    vae: AutoencoderKLWan, folder: str | Path, seed: int = 1, count: int = 64, frames: int = CLIP, floor: float = 0.1
+    vae: Any, folder: str | Path, seed: int = 1, count: int = 64, frames: int = CLIP, floor: float = 0.1, kind: Kind | None = None
 ) -> dict[str, list[float]]:
     """Write the diffusers folder, with the mean and standard deviation of the latents of `count` clips in its config.
 
     A channel's deviation is at least `floor` times the mean deviation: a channel that carries nothing stays near zero
     when standardised, instead of becoming noise of unit variance. Returns the measured `mean` and `std`, before that.
     """
-    vae = vae.float().eval()
+    kind, vae = kind or WAN, vae.float().eval()
     scenes = (sample_scene(seed, index) for index in range(count))
-    latents = torch.cat([vae.encode(to_pixels(render([scene], frames))).latent_dist.mode() for scene in scenes])
+    latents = torch.cat([kind.latents(vae, to_pixels(render([scene], frames))) for scene in scenes])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.clamp_min(floor * std.mean()).tolist())
+    kind.note(vae, mean, std, floor)
     write(vae, folder)
     return {"mean": mean.tolist(), "std": std.tolist()}
 
 
-def write(vae: AutoencoderKLWan, folder: str | Path) -> None:
+def write(vae: Any, folder: str | Path) -> None:
     """Write the diffusers folder as it is, with the statistics that its config already has."""
     for parameter in vae.parameters():
         parameter.data = parameter.data.contiguous()
@@ -257,14 +288,15 @@ def write(vae: AutoencoderKLWan, folder: str | Path) -> None:
 
 
 def train(
-    config: VaeTraining, folder: Path, start: Path | None = None, fused: bool = True, log_every: int = 25, save_every: int = 250
-) -> Trainer:
+    config: VaeTraining, folder: Path, start: Path | None = None, fused: bool = True, log_every: int = 25, save_every: int = 250,
+    kind: Kind | None = None,
+) -> Trainer:  # fmt: skip
     """Train to `config.steps`, from `folder/vae.pt` if it is there, else from the diffusers folder `start` or from nothing.
 
     The first process prints and saves.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    trainer = Trainer(config, AutoencoderKLWan.from_pretrained(str(start)) if start else None, fused)
+    kind, first = kind or WAN, not dist.is_initialized() or dist.get_rank() == 0
+    trainer = Trainer(config, kind.open(str(start)) if start else None, fused, kind)
     path = folder / "vae.pt"
     if path.exists():
         trainer.load(torch.load(path, weights_only=True))
@@ -280,16 +312,32 @@ def train(
             recent.clear()
         if first and (trainer.step % save_every == 0 or done):
             save(trainer, path)
-            found = measure(trainer.averaged(), seed=10**6, count=4, frames=9)
+            found = measure(trainer.averaged(), seed=10**6, count=4, frames=9, kind=kind)
             sys.stderr.write(
                 "  averaged weights, fresh clips:  " + "  ".join(f"{name} {value:.2f} dB" for name, value in found.items()) + "\n"
             )
     return trainer
 
 
-def main() -> None:
+def _note_wan(vae: Any, mean: Tensor, std: Tensor, floor: float) -> None:
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.clamp_min(floor * std.mean()).tolist())
+
+
+def _pass_of_wan(vae: Any, fused: bool) -> Pass:
+    channels_last(vae)
+    return OnePass(vae, fused)
+
+
+WAN = Kind(
+    "the small video VAE", new_vae, AutoencoderKLWan.from_pretrained, _pass_of_wan,
+    lambda vae, x: vae.decode(vae.encode(x).latent_dist.mode()).sample,
+    lambda vae, x: vae.encode(x).latent_dist.mode(), _note_wan, VaeTraining(),
+)  # fmt: skip
+
+
+def main(kind: Kind = WAN) -> None:
     """Command line: train, and export where asked."""
-    parser = argparse.ArgumentParser(description="Train the small video VAE on toybox clips.")
+    parser = argparse.ArgumentParser(description=f"Train {kind.about} on toybox clips.")
     parser.add_argument("folder", type=Path, help="where the checkpoint vae.pt goes; a run found there is continued")
     parser.add_argument("--export", type=Path, help="folder to write the trained model to, in the diffusers layout")
     parser.add_argument("--start", type=Path, help="diffusers folder to begin from, instead of an untrained model")
@@ -297,20 +345,21 @@ def main() -> None:
     parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
     for name, field in VaeTraining.model_fields.items():
         if field.annotation in (int, float):
-            kind: Callable[[str], int | float] = int if field.annotation is int else float
-            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="default: %(default)s")
+            number: Callable[[str], int | float] = int if field.annotation is int else float
+            usual = getattr(kind.settings, name)
+            parser.add_argument(f"--{name.replace('_', '-')}", type=number, default=usual, help="default: %(default)s")
     options = vars(parser.parse_args())
     folder, target, start, fused = options.pop("folder"), options.pop("export"), options.pop("start"), not options.pop("no_fused")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
-    trainer = train(VaeTraining.parse(options), folder, start, fused)
+    trainer = train(VaeTraining.parse(kind.settings.model_dump() | options), folder, start, fused, kind=kind)
     if target and (not dist.is_initialized() or dist.get_rank() == 0):
         if trainer.config.decoder_only:
             write(trainer.averaged(), target)
         else:
-            std = sorted(export(trainer.averaged(), target)["std"])
-            sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[24]:.3f}\n")
+            std = sorted(export(trainer.averaged(), target, kind=kind)["std"])
+            sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[len(std) // 2]:.3f}\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,1 @@
+"""Training of Stable Video Diffusion: its networks with gradients, its data, its objective, its small VAE."""
