@@ -1,4 +1,4 @@
-"""Low-rank adapters of a flow (LoRA, Hu et al. 2021): one small safetensors file, read, applied and merged, strictly.
+"""Low-rank adapters of a flow or of a UNet (LoRA, Hu et al. 2021): one small safetensors file, read, applied and merged, strictly.
 
     NAME.lora_A.weight (rank, in) and NAME.lora_B.weight (out, rank) for every adapted linear layer NAME of the flow
 

@@ -73,31 +73,48 @@ def load_parts(place: str | Path, device: str | torch.device = "cpu", dtype: tor
     return _from_folder(place, device, dtype) if place.is_dir() else _from_file(place, device, dtype)
 
 
-def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Parts:
-    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+def load_part(folder: Path, part: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """One module, for evaluation, from its own folder. part: `unet`, `vae` or `image_encoder`. Raises ValueError as `load_parts`."""
+    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig
 
+    config = _json(folder / "config.json")
+    try:
+        if part == "image_encoder":
+            module = _image_encoder(CLIPVisionConfig.from_dict(config))
+        else:
+            kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoder}
+            with torch.device("meta"):
+                module = (UNetSpatioTemporalConditionModel if part == "unet" else kinds[config.get("_class_name", "")]).from_config(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: a configuration of its parts cannot be used ({error})") from None
+    stem = "model" if part == "image_encoder" else "diffusion_pytorch_model"
+    _fill(module, _part_weights(folder, stem, dtype != torch.float32), str(folder), device, dtype, part)
+    return module
+
+
+def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Parts:
+    from diffusers import EulerDiscreteScheduler
+
     about = read_about(folder)
-    configs = {part: _json(folder / part / "config.json") for part in ("unet", "vae", "image_encoder")}
+    for part in ("unet", "vae", "image_encoder"):
+        _json(folder / part / "config.json")  # what is missing is said before anything large is read
     steps = _json(folder / "scheduler" / "scheduler_config.json")
     try:
         scheduler = EulerDiscreteScheduler.from_config(steps)
-        with torch.device("meta"):
-            unet = UNetSpatioTemporalConditionModel.from_config(configs["unet"])
-            decoders = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoder}
-            vae = decoders[configs["vae"].get("_class_name", "")].from_config(configs["vae"])
-        image_encoder = _image_encoder(CLIPVisionConfig.from_dict(configs["image_encoder"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: a configuration of its parts cannot be used ({error})") from None
-    half = dtype != torch.float32
-    for part, module, stem in (
-        ("unet", unet, "diffusion_pytorch_model"), ("vae", vae, "diffusion_pytorch_model"), ("image_encoder", image_encoder, "model"),
-    ):  # fmt: skip
-        _fill(module, _part_weights(folder / part, stem, half), str(folder / part), device, dtype, part)
+    mean, std = clip_norm(folder)
+    unet, vae, image_encoder = (load_part(folder / part, part, device, dtype) for part in ("unet", "vae", "image_encoder"))
+    return Parts(about, unet, vae, image_encoder, _supported(scheduler, folder), mean, std)
+
+
+def clip_norm(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pictures that a folder's CLIP sees."""
     normal = folder / "feature_extractor" / "preprocessor_config.json"
     values = _json(normal) if normal.is_file() else {}
     mean, std = (tuple(values.get(f"image_{what}", default)) for what, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
-    return Parts(about, unet, vae, image_encoder, _supported(scheduler, folder), mean, std)
+    return mean, std
 
 
 def _from_file(path: Path, device: str | torch.device, dtype: torch.dtype) -> Parts:

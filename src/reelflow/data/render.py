@@ -20,10 +20,10 @@ PIECE = {"cpu": 1 << 17, "other": 1 << 26}  # pixels drawn at once: in the cache
 class _Body:
     """State of a thing in flight: position, velocity, downward pull, and mass (its area; infinite if nothing moves it)."""
 
-    def __init__(self, thing: Thing) -> None:
-        self.x, self.y, self.vx, self.vy = thing.x, thing.y, thing.vx, thing.vy
-        self.radius, self.turn = thing.radius, thing.turn
-        self.pull = GRAVITY if thing.motion == "bounces" else 0.0
+    def __init__(self, thing: Thing, pace: float = 1.0) -> None:
+        self.x, self.y, self.vx, self.vy = thing.x, thing.y, thing.vx * pace, thing.vy * pace
+        self.radius, self.turn = thing.radius, thing.turn * pace
+        self.pull = GRAVITY * pace**2 if thing.motion == "bounces" else 0.0
         self.mass = thing.radius**2 if thing.moves else np.inf
         self.solid = thing.moves or thing.motion == "stays still"
 
@@ -95,16 +95,18 @@ def _fly(bodies: Sequence[_Body], start: int, stop: int, solid: bool, out: np.nd
             setattr(body, axis, -getattr(body, axis))
 
 
-def simulate(scene: Scene, frames: int = CLIP, size: int = 128, start: int = 0) -> np.ndarray:
+def simulate(scene: Scene, frames: int = CLIP, size: int = 128, start: int = 0, pace: float = 1.0) -> np.ndarray:
     """Centres of the things, float64 (frames, things, 2) as x, y in pixels of a `size` x `size` frame.
 
     Straight movers and bouncing things reflect from the frame's edges; two straight movers collide elastically (mass is
     the square of the radius), a straight mover reflects from a still thing. Each flight between two events is in closed
     form, so results do not depend on a time step; the physics is the same at every size. `start`: first frame shown.
+    `pace`: sixteenths of a second from one frame to the next; a scene with a twist has 1.
     """
+    assert pace == 1 or scene.twist is None
     total = start + frames
     out = np.empty((total, len(scene.things), 2))
-    bodies = [_Body(thing) for thing in scene.things]
+    bodies = [_Body(thing, pace) for thing in scene.things]
     twist = scene.twist
     if twist is None or twist.frame >= total:
         _fly(bodies, 0, total, True, out)
@@ -207,7 +209,9 @@ def _draw_wall(clip: Tensor, scene: Scene) -> None:
     clip[:, :, first:last] = (under + alpha * (grey - under)).round_().to(torch.uint8)
 
 
-def render(scenes: Sequence[Scene], frames: int = CLIP, size: int = 128, device: str | torch.device = "cpu", start: int = 0) -> Tensor:
+def render(
+    scenes: Sequence[Scene], frames: int = CLIP, size: int = 128, device: str | torch.device = "cpu", start: int = 0, pace: float = 1.0
+) -> Tensor:
     """Pictures of scenes, uint8 (N, F, size, size, 3) in sRGB on `device`, frames `start` to `start + frames - 1`.
 
     The same on every device to within one level. ValueError for no frames or a size below 16.
@@ -217,7 +221,7 @@ def render(scenes: Sequence[Scene], frames: int = CLIP, size: int = 128, device:
     device = torch.device(device)
     canvas = _backdrop(scenes, frames, size, device)
     flat = canvas.view(-1, size, size, 3)
-    tracks = [simulate(scene, frames, size, start) for scene in scenes]
+    tracks = [simulate(scene, frames, size, start, pace) for scene in scenes]
     for place in range(max((len(scene.things) for scene in scenes), default=0)):
         kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
         for number, scene in enumerate(scenes):

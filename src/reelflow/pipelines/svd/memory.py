@@ -22,7 +22,7 @@ def activation_bytes(pipe: SvdPipeline, clips: int, frames: int, height: int, wi
     guidance rows. Decoder: two tensors of a whole clip at full resolution in its last width, and a frame at twice that.
     """
     places, unet, decoder = frames * height * width, pipe.denoiser.conv_latent, pipe.decoder.conv_out.weight
-    sampling = 24 * 2 * clips * places // 64 * unet.shape[0] * unet.element_size()
+    sampling = 24 * 2 * clips * places // pipe.factor**2 * unet.shape[0] * unet.element_size()
     decoding = (2 + 2 / frames) * places * decoder.shape[1] * decoder.element_size() + 2 * clips * places * 3 * 4
     return int(max(sampling, decoding))
 

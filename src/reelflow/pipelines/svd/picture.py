@@ -23,13 +23,21 @@ VIEW = 224
 """Side of the picture that CLIP sees, whole and squashed."""
 
 
-def own_size(unet: Any) -> tuple[int, int]:
-    """(height, width) in pixels, the longer side last: of a pair as it is, of one number the 16:9 frame of that area."""
+def factor(vae: Any) -> int:
+    """Pixels per latent place, in each direction: 8 of the released models."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def own_size(unet: Any, factor: int = 8) -> tuple[int, int]:
+    """(height, width) in pixels, the longer side last: of a pair as it is, of one number the 16:9 frame of that area.
+
+    factor: pixels per latent place.
+    """
     given = unet.config.sample_size
     if isinstance(given, Sequence):
-        height, width = sorted(8 * side for side in given)
+        height, width = sorted(factor * side for side in given)
         return height, width
-    height, width = frame_size(8 * given, "16:9", UNIT)
+    height, width = frame_size(factor * given, "16:9", UNIT)
     return max(UNIT, height), max(UNIT, width)
 
 
@@ -105,4 +113,4 @@ def _blurred(x_B3HW: Tensor, axis: int, factor: float) -> Tensor:
     return F.conv2d(F.pad(x_B3HW, padding, mode="reflect"), kernel, groups=3)
 
 
-__all__ = ["check_size", "clip_view", "fitting_size", "open_picture", "own_size", "pixels"]
+__all__ = ["check_size", "clip_view", "factor", "fitting_size", "open_picture", "own_size", "pixels"]

@@ -1,6 +1,7 @@
 """Stable Video Diffusion: picture → CLIP embedding and conditioning latent → noise → Euler steps → decoder → clip.
 
-Shapes: B clips, F frames, H × W pixels, h × w latent places (H / 8, W / 8), E embedding channels, T steps.
+Shapes: B clips, F frames, H × W pixels, h × w latent places (H / 8, W / 8), E embedding channels, T steps; released models have 4
+latent channels, smaller ones may have others, and larger places.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reelflow.adapters.svd import Parts, load_parts
+from reelflow.adapters.lora import Lora, apply
+from reelflow.adapters.svd import Parts, load_part, load_parts
 from reelflow.clip import Clip
 from reelflow.config import ModelConfig
 from reelflow.media.aspect import ASPECTS, frame_size
 from reelflow.pipelines.base import Device, Picture, Pipeline, Precision, Progress, check_length, new_seed, say, silent, spoken
 from reelflow.pipelines.svd.decoder import Decoder, Encoder
 from reelflow.pipelines.svd.memory import fitting
-from reelflow.pipelines.svd.picture import UNIT, check_size, clip_view, fitting_size, open_picture, own_size, pixels
+from reelflow.pipelines.svd.picture import UNIT, check_size, clip_view, factor, fitting_size, open_picture, own_size, pixels
 from reelflow.pipelines.svd.settings import FPS, REFERENCES, USUAL, Diffusion, euler, ramp
 from reelflow.pipelines.svd.unet import Denoiser
 
@@ -38,18 +40,41 @@ class SvdPipeline(Pipeline):
     def __init__(self, parts: Parts):
         self.about: ModelConfig = parts.about
         self.scheduler, self.clip_norm = parts.scheduler, (parts.clip_mean, parts.clip_std)
-        self.own_size = own_size(parts.unet)
+        self.factor, self.channels = factor(parts.vae), parts.unet.config.out_channels
+        self.own_size = own_size(parts.unet, self.factor)
         self.image_encoder, self.encoder = parts.image_encoder, Encoder(parts.vae)
         self.denoiser, self.decoder = Denoiser(parts.unet).eval(), Decoder(parts.vae).eval()
+        self.loras: list[dict[str, Any]] = []
+        self._adapters: list[tuple[Lora, float]] = []
+        self._source: Path | None = None
 
     @classmethod
     def load(cls, source: Path, device: Device, precision: Precision = "float32", **fitting: Any) -> Self:
         """Load a diffusers folder or an original single file. Raises ValueError as `adapters.svd.load_parts`."""
-        return cls(load_parts(source, device, getattr(torch, precision)))
+        pipe = cls(load_parts(source, device, getattr(torch, precision)))
+        pipe._source = source
+        return pipe
 
     @property
     def device(self) -> torch.device:
         return self.denoiser.device
+
+    def load_lora(self, file: str | Path, weight: float = 1.0) -> None:
+        """Add what a LoRA of the UNet learned, times `weight`. The UNet is read from disk again: the network that samples shares
+        it in another arrangement.
+
+        Raises:
+            ValueError: not a LoRA, of another architecture, or a model that did not come from disk.
+        """
+        if self._source is None:
+            raise ValueError(f"{self.about.name}: a LoRA needs a model that was loaded from disk; use reelflow.load")
+        adapters = [*self._adapters, (Lora.open(file), weight)]
+        kind, folder = (self.denoiser.device, self.denoiser.dtype), self._source / "unet"
+        unet = load_part(folder, "unet", *kind) if folder.is_dir() else load_parts(self._source, *kind).unet
+        for adapter, share in adapters:
+            apply(adapter, dict(unet.named_parameters()), self.about, share)
+        self.denoiser, self._adapters = Denoiser(unet).eval(), adapters
+        self.loras.append({"file": Path(file).name, "weight": weight})
 
     def animate(
         self, image: Picture, prompt: str = "", *, seed: int | None = None, seconds: float | None = None, frames: int | None = None,
@@ -177,7 +202,8 @@ class SvdPipeline(Pipeline):
         with fitting(self, len(seeds), frames, height, width):
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise_B3HW = torch.stack([torch.randn(3, height, width, generator=each) for each in generators])
-            noise_BF4hw = torch.stack([torch.randn(frames, 4, height // 8, width // 8, generator=each) for each in generators])
+            shape = frames, self.channels, height // self.factor, width // self.factor
+            noise_BF4hw = torch.stack([torch.randn(shape, generator=each) for each in generators])
             progress("encoding", 0.0)
             view = clip_view(shown_B3HW, *self.clip_norm)
             weight = self.image_encoder.visual_projection.weight
@@ -223,7 +249,7 @@ class SvdPipeline(Pipeline):
         self, frames: np.ndarray, task: str, prompt: str, seed: int, sampling: Diffusion, took: dict[str, float], **more: Any
     ) -> Clip:
         assert sampling.playback is not None
-        settings = {"frames": len(frames), **more, **asdict(sampling)}
+        settings = {"frames": len(frames), **more, **asdict(sampling), **({"lora": self.loras} if self.loras else {})}
         return Clip(frames, sampling.playback, self.made(task, prompt, seed, **settings) | {"seconds": took})
 
 
