@@ -26,6 +26,7 @@ from reelflow.flow import StarFlow
 from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.training.batches import Batch, CachedLatents
 from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.flow import FlowObjective
 from reelflow.training.run import averaged
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
@@ -78,8 +79,8 @@ def train(config: TrainConfig, source: CachedLatents, variant: Variant, folder: 
         latents, prompts = source(step)
         return Batch(torch.stack([fold(row, variant.patch) for row in latents]), prompts)
 
-    trainer = Trainer(config, batch, text, folder)
-    narrow(trainer.flow, variant)
+    trainer = Trainer(config, batch, FlowObjective(config, text), folder)
+    narrow(trainer.objective.flow, variant)
     began, first = time.process_time(), trainer.step
     trainer.run(lambda row: print(json.dumps(row), flush=True))
     done, pipe = trainer.step - first, averaged(trainer)

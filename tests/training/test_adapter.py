@@ -17,6 +17,7 @@ from reelflow.adapters.checkpoint import read_weights
 from reelflow.adapters.lora import Lora
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
+from reelflow.training.flow import FlowObjective
 from reelflow.training.run import averaged, export, export_adapter, flow_state
 from reelflow.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ def make(folder: Path, model: Path, **values: Any) -> Trainer:
         return Batch(torch.randn(2, 3, 8, 4, 4, generator=torch.Generator().manual_seed(step)), ["a red ball", ""])
 
     torch.manual_seed(1)
-    return Trainer(config, source, Text(width=16, tokens=model_of["TOKENS"]), folder)
+    return Trainer(config, source, FlowObjective(config, Text(width=16, tokens=model_of["TOKENS"])), folder)
 
 
 def test_a_run_begins_with_the_weights_of_its_model(model: Path, tmp_path: Path) -> None:
@@ -64,19 +65,19 @@ def test_weights_that_do_not_fit_are_named(model: Path, tmp_path: Path) -> None:
 def test_the_text_encoder_of_a_model_is_trained_only_if_asked(model: Path, tmp_path: Path) -> None:
     for asked in (False, True):
         trainer = make(tmp_path / str(asked), model, train_text=asked)
-        before = trainer.text.model.weight.clone()
+        before = trainer.objective.text.model.weight.clone()
         trainer.train_step()
-        assert torch.equal(before, trainer.text.model.weight) is not asked
-        assert torch.equal(trainer.averaged_text().model.weight, trainer.average.get("text.weight", before))
+        assert torch.equal(before, trainer.objective.text.model.weight) is not asked
+        assert torch.equal(trainer.objective.averaged_text(trainer.averaged()).model.weight, trainer.average.get("text.weight", before))
 
 
 def test_adapters_begin_as_nothing_and_are_all_that_moves(model: Path, tmp_path: Path) -> None:
     trainer, plain = make(tmp_path / "lora", model, lora={"rank": 2}), make(tmp_path / "plain", model)
-    base = {name: p.clone() for name, p in trainer.flow.named_parameters() if ".lora_" not in name}
+    base = {name: p.clone() for name, p in trainer.objective.flow.named_parameters() if ".lora_" not in name}
     assert trainer.train_step()["loss"] == pytest.approx(plain.train_step()["loss"], rel=1e-6)
-    assert set(trainer.weights) == {f"flow.{name}" for name, _ in trainer.flow.named_parameters() if ".lora_" in name}
+    assert set(trainer.weights) == {f"flow.{name}" for name, _ in trainer.objective.flow.named_parameters() if ".lora_" in name}
     assert len(trainer.weights) == 2 * 4 * (1 + 1 + 2 + 1)  # A and B of four matrices in each layer, the denoiser's too
-    assert all(torch.equal(p, base[name]) for name, p in trainer.flow.named_parameters() if ".lora_" not in name)
+    assert all(torch.equal(p, base[name]) for name, p in trainer.objective.flow.named_parameters() if ".lora_" not in name)
     trainer.train_step()
     assert all(p.abs().sum() > 0 for name, p in trainer.weights.items() if ".lora_B." in name)
 
@@ -103,7 +104,8 @@ def test_the_file_of_a_run_gives_its_model(model: Path, tmp_path: Path) -> None:
 
 def test_in_bfloat16_the_weights_that_stay_are_kept_so(model: Path, tmp_path: Path) -> None:
     trainer = make(tmp_path, model, lora={}, precision="bfloat16")
-    kinds = {name: p.dtype for name, p in trainer.flow.named_parameters() if ".layers.0.mlp.up." in name and name.startswith("deep_block")}
+    named = trainer.objective.flow.named_parameters()
+    kinds = {name: p.dtype for name, p in named if ".layers.0.mlp.up." in name and name.startswith("deep_block")}
     assert {name.partition("up.")[2]: str(kind) for name, kind in kinds.items()} == {
         "base_layer.weight": "torch.bfloat16", "base_layer.bias": "torch.bfloat16",
         "lora_A.default.weight": "torch.float32", "lora_B.default.weight": "torch.float32",
@@ -113,7 +115,7 @@ def test_in_bfloat16_the_weights_that_stay_are_kept_so(model: Path, tmp_path: Pa
 
 def test_a_whole_model_is_written_at_the_end(model: Path, tmp_path: Path) -> None:
     trainer = make(tmp_path, model, about={"name": "mine"})
-    trainer.text = reelflow.load(model, "cpu").text  # a real one, which can be saved
+    trainer.objective.text = reelflow.load(model, "cpu").text  # a real one, which can be saved
     trainer.train_step()
     target = export(trainer, tmp_path / "model")
     pipe, wanted = reelflow.load(target, "cpu"), flow_state(trainer)

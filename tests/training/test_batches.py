@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from reelflow.adapters.text import TextEncoder, load_text_encoder
-from reelflow.training.batches import Batch, CachedLatents, Planner, PreparedText, needed
+from reelflow.training.batches import Batch, CachedLatents, PreparedText, PromptPlanner, needed
 from reelflow.training.config import TrainConfig
 from reelflow.training.latents import prepare
 from reelflow.training.raw import RawClips, open_batches
@@ -44,7 +44,7 @@ def equal(found: Batch, wanted: Batch) -> bool:
 
 
 def plans(config: TrainConfig, entries: list[Entry], steps: int) -> list[Any]:
-    planner = Planner(config, entries, "here")
+    planner = PromptPlanner(config, entries, "here")
     return [planner.plan(step) for step in range(steps)]
 
 
@@ -64,7 +64,7 @@ def test_the_examples_are_configurations() -> None:
 def test_every_clip_once_an_epoch_in_another_order(settings: dict[str, TrainConfig]) -> None:
     config = settings["raw"].model_copy(update={"stages": settings["raw"].stages[:1]})
     entries = [entry(index, frames=1 + index % 4) for index in range(10)]
-    planner, drawn = Planner(config, entries, "here"), dict[int, list[str]]()
+    planner, drawn = PromptPlanner(config, entries, "here"), dict[int, list[str]]()
     for step in range(80):
         plan = planner.plan(step)
         for draw in plan.draws:
@@ -82,7 +82,7 @@ def test_every_clip_once_an_epoch_in_another_order(settings: dict[str, TrainConf
 def test_plans_do_not_depend_on_what_was_asked_before(settings: dict[str, TrainConfig]) -> None:
     entries = [entry(index, aspect="16:9" if index % 3 else "1:1") for index in range(10)]
     wanted = plans(settings["raw"], entries, 30)
-    planner = Planner(settings["raw"], entries, "here")
+    planner = PromptPlanner(settings["raw"], entries, "here")
     assert [planner.plan(step) for step in (29, 3, 17)] == [wanted[29], wanted[3], wanted[17]]
     assert plans(settings["raw"].model_copy(update={"seed": 1}), entries, 30) != wanted
 
@@ -102,9 +102,9 @@ def test_buckets_come_by_their_shares(tiny_model: Path, recorded: Path) -> None:
 
 def test_a_bucket_without_clips_that_long(settings: dict[str, TrainConfig]) -> None:
     with pytest.raises(ValueError, match="here: no clips of 3 latent frames for the bucket generate; the longest has 2"):
-        Planner(settings["raw"], [entry(0, frames=2)], "here")
+        PromptPlanner(settings["raw"], [entry(0, frames=2)], "here")
     with pytest.raises(ValueError, match="no clips of 3 latent frames for the bucket generate; there are no clips"):
-        Planner(settings["raw"], [entry(0, edit=True)], "here")
+        PromptPlanner(settings["raw"], [entry(0, edit=True)], "here")
 
 
 # --------------------------------------------------------------------------------------------------------------------- sources

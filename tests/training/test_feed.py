@@ -12,15 +12,15 @@ import torch
 from reelflow.adapters.text import wrap_prompt
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
-from reelflow.training.feed import Feed, Rows
+from reelflow.training.feed import FlowFeed, Rows
 from reelflow.training.loss import noise_weight
 
 tiny = runpy.run_path(str(Path(__file__).with_name("tiny.py")))
 
 
-def feed(rank: int = 0, ranks: int = 1, batch: int = 5, source: Any = None, **values: Any) -> Feed:
+def feed(rank: int = 0, ranks: int = 1, batch: int = 5, source: Any = None, **values: Any) -> FlowFeed:
     stages = [{"steps": 4, "buckets": [{"task": "generate", "frames": 2, "batch": batch}]}]
-    return Feed(TrainConfig.parse(tiny["SETTINGS"] | {"stages": stages} | values), source or batch_of(batch), rank, ranks)
+    return FlowFeed(TrainConfig.parse(tiny["SETTINGS"] | {"stages": stages} | values), source or batch_of(batch), rank, ranks)
 
 
 def batch_of(rows: int) -> Any:

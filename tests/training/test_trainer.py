@@ -19,6 +19,7 @@ from reelflow.adapters.text import TextEncoder
 from reelflow.likelihood import log_prob
 from reelflow.training.batches import Batch
 from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.flow import FlowObjective
 from reelflow.training.loss import nll, score_loss, score_target
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
@@ -58,11 +59,10 @@ def make_trainer(folder: Path, text: TextEncoder, values: dict[str, Any] | None 
     """A run on Gaussian latents, always begun from the same weights (those of `text` are copied)."""
     text = TextEncoder(copy.deepcopy(text.model), text.tokenizer, text.tokens)
     fill(text.model, 2)
-    trainer = Trainer(
-        TrainConfig.parse(SETTINGS | (values or {})), lambda step: Batch(latents(0 if fixed else step), CAPTIONS), text, folder
-    )
+    config = TrainConfig.parse(SETTINGS | (values or {}))
+    trainer = Trainer(config, lambda step: Batch(latents(0 if fixed else step), CAPTIONS), FlowObjective(config, text), folder)
     if not trainer.step:
-        fill(trainer.flow, 1)
+        fill(trainer.objective.flow, 1)
     return trainer
 
 
@@ -108,7 +108,7 @@ def test_twenty_steps_lower_both_losses(tmp_path: Path, text: TextEncoder) -> No
 def test_the_denoisers_loss_reaches_the_denoiser_only(tmp_path: Path, text: TextEncoder) -> None:
     trainer = make_trainer(tmp_path, text)
     x = latents(0).requires_grad_()
-    score_loss(trainer.flow, x, torch.zeros_like(x), trainer.text.states(CAPTIONS)).backward()
+    score_loss(trainer.objective.flow, x, torch.zeros_like(x), trainer.objective.text.states(CAPTIONS)).backward()
     reached = {name for name, parameter in trainer.weights.items() if parameter.grad is not None}
     assert reached == {name for name in trainer.weights if name.startswith("flow.denoiser.")}
     assert x.grad is None
@@ -117,15 +117,15 @@ def test_the_denoisers_loss_reaches_the_denoiser_only(tmp_path: Path, text: Text
 def test_the_flow_learns_the_same_with_and_without_a_denoiser(tmp_path: Path, text: TextEncoder) -> None:
     """Also the clipping of the flow's gradient does not depend on the denoiser's."""
     with_denoiser = make_trainer(tmp_path / "with", text)
-    weights = {key: value.clone() for key, value in with_denoiser.flow.state_dict().items() if not key.startswith("denoiser.")}
+    weights = {key: value.clone() for key, value in with_denoiser.objective.flow.state_dict().items() if not key.startswith("denoiser.")}
     wanted = [with_denoiser.train_step()["loss"] for _ in range(3)]
     without = make_trainer(tmp_path / "without", text, {"flow": SETTINGS["flow"] | {"denoiser": None}})
-    without.flow.load_state_dict(weights)
+    without.objective.flow.load_state_dict(weights)
     assert [without.train_step()["loss"] for _ in range(3)] == wanted
 
 
 def test_score_target_is_the_slope_of_log_p(tmp_path: Path, text: TextEncoder) -> None:
-    flow, states = make_trainer(tmp_path, text).flow.double(), torch.randn(4, 6, 8).double()
+    flow, states = make_trainer(tmp_path, text).objective.flow.double(), torch.randn(4, 6, 8).double()
     x = latents(0).double().requires_grad_()
     noise_std, weight = torch.tensor([0.5, 0.4, 0.3, 0.2]).double(), torch.tensor([1.0, 0.25, 3.0, 0.5]).double()
     (slope,) = torch.autograd.grad((weight * nll(flow, x, states)).sum(), x)
@@ -134,7 +134,7 @@ def test_score_target_is_the_slope_of_log_p(tmp_path: Path, text: TextEncoder) -
 
 
 def test_loss_is_minus_log_p_per_value(tmp_path: Path, text: TextEncoder) -> None:
-    flow, x, states = make_trainer(tmp_path, text).flow, latents(0), torch.randn(4, 6, 8)
+    flow, x, states = make_trainer(tmp_path, text).objective.flow, latents(0), torch.randn(4, 6, 8)
     wanted = -log_prob(flow, x, states).total / x[0].numel() - 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(nll(flow, x, states), wanted)
 
@@ -202,9 +202,9 @@ def test_the_average_follows_the_weights(tmp_path: Path, text: TextEncoder) -> N
 
 def test_a_frozen_text_encoder_stays(tmp_path: Path, text: TextEncoder) -> None:
     trainer = make_trainer(tmp_path, text, {"text": "encoder"})
-    before = copy.deepcopy(trainer.text.model.state_dict())
+    before = copy.deepcopy(trainer.objective.text.model.state_dict())
     trainer.train_step()
-    require_equal(trainer.text.model.state_dict(), before)
+    require_equal(trainer.objective.text.model.state_dict(), before)
     assert not any(name.startswith("text") for name in trainer.weights)
 
 
@@ -225,7 +225,7 @@ def test_golden_losses_of_ten_steps(golden: Path, tmp_path: Path, text: TextEnco
     """
     trainer = make_trainer(tmp_path, text, {"stages": [{"steps": 10, "buckets": SETTINGS["stages"][0]["buckets"]}]})
     states = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(5))
-    trainer.text.states = lambda prompts: states
+    trainer.objective.text.states = lambda prompts: states
     rows = [trainer.train_step() for _ in range(10)]
     wanted = json.loads((golden / "training.json").read_text(encoding="utf-8"))
     for key, values in wanted.items():

@@ -24,6 +24,7 @@ from reelflow.flow import StarFlow
 from reelflow.training import parallel
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
+from reelflow.training.flow import FlowObjective
 from reelflow.training.parallel import Ranks
 from reelflow.training.trainer import Trainer
 
@@ -103,9 +104,9 @@ def make(folder: Path, values: dict[str, Any] | None = None, ranks: Ranks | None
     torch.manual_seed(5)
     text = text or Text()
     fill(text.model, 2)
-    trainer = Trainer(config, source, text, folder, ranks)
+    trainer = Trainer(config, source, FlowObjective(config, text, ranks), folder, ranks)
     if not trainer.step and not config.init:
-        fill(trainer.flow, 1)
+        fill(trainer.objective.flow, 1)
     if kill and kill == [str(ranks.rank if ranks else 0), "write"]:
         Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign,return-value]
     return trainer

@@ -1,4 +1,4 @@
-"""A command that hands one word on to another: `train CONFIG …` and `train prepare …`, `bench` and `bench train …`."""
+"""A command that hands words on to others: `train CONFIG …` and `train prepare …`, `bench`, `bench train …` and `bench svd …`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import typer
 from typer.core import TyperCommand
 
 
-def handing_on(word: str, function: Callable[..., Any]) -> type[TyperCommand]:
-    """The class of such a command: where its first argument is `word`, what follows is `function`'s."""
+def handing_on(**words: Callable[..., Any]) -> type[TyperCommand]:
+    """The class of such a command: where its first argument is one of the words, what follows is that function's."""
 
     class Outer(TyperCommand):
         def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-            if args[:1] != [word]:
+            word = args[0] if args else ""
+            if word not in words:
                 return super().make_context(info_name, args, parent, **extra)
             app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-            app.command(word)(function)
+            app.command(word)(words[word])
             return typer.main.get_command(app).make_context(f"{info_name} {word}", args[1:], parent, **extra)
 
     return Outer

@@ -41,7 +41,7 @@ def bench(
 
     reelflow bench --model mini --json
 
-    Measure training: reelflow bench train CONFIG.yaml (see its --help).
+    Measure training: reelflow bench train CONFIG.yaml (see its --help). Stable Video Diffusion: reelflow bench svd.
     """
     job = Job(options)
     with job.running():
@@ -82,6 +82,32 @@ def bench_train(
         screen.result(found, table(found))
 
 
+@takes(options=OnModel)
+def bench_svd(
+    options: OnModel,
+    frames: Annotated[int | None, typer.Option(metavar="N≥1", min=1, help="Of the clip. \\[default: the trained length]")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 64. \\[default: the model's own]")] = None,
+    steps: Annotated[int, typer.Option(metavar="N≥1", min=1, help="Euler steps.")] = 25,
+    repeats: Annotated[int, typer.Option(metavar="N≥1", min=1, help="Timings, after one to warm up; the quickest counts.")] = 1,
+    against_diffusers: Annotated[
+        bool, typer.Option("--against-diffusers", help="Also time diffusers' pipeline: same weights, picture, seed, steps, taking turns.")
+    ] = False,
+) -> None:
+    """Measure Stable Video Diffusion: seconds of encoding, of a step, of decoding, their arithmetic, the device's share of it, memory.
+
+    reelflow bench svd --model svd-xt --against-diffusers
+    """
+    job = Job(options)
+    with job.running():
+        from reelflow.cli.job import size as pixels
+        from reelflow.evaluation.svd import run, table
+
+        asked = pixels(size)
+        found = run(options.model, options.device, options.precision, frames, asked, steps, repeats, against_diffusers, job.report)
+        words = table(found)
+    job.screen.result(found, words)
+
+
 @evaluate.command()
 @takes(options=Solving)
 def toybox(
@@ -116,4 +142,4 @@ def _flat(values: Any) -> str:
 
 def add_to(app: typer.Typer) -> None:
     app.command()(doctor)
-    app.command(cls=handing_on("train", bench_train))(bench)
+    app.command(cls=handing_on(train=bench_train, svd=bench_svd))(bench)

@@ -33,9 +33,9 @@ def prepare(
     Stopped at any time, also killed, the same command goes on. Several processes share the work:
     torchrun --nproc-per-node 8 -m reelflow train prepare …
     """
-    from reelflow.training.config import TrainConfig
+    from reelflow.training.config import load
 
-    settings = TrainConfig.load(config, overrides)
+    settings = load(config, overrides)
     if settings.latents is not None:
         existing = next(parent for parent in (settings.latents, *settings.latents.absolute().parents) if parent.exists())
         check_writable(existing / settings.latents.name)

@@ -39,9 +39,9 @@ def train(
 
     Several GPUs or machines: torchrun --nproc-per-node 8 -m reelflow train …
     """
-    from reelflow.training.config import TrainConfig
+    from reelflow.training.config import load
 
-    settings = TrainConfig.load(config, overrides)
+    settings = load(config, overrides)
     folder = folder or Path("runs") / config.stem
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     check_writable(existing / folder.name)
@@ -81,12 +81,13 @@ def _bar(screen: Screen, steps: int) -> Progress:
 
 def _words(row: dict[str, Any]) -> str:
     left = int(row.get("seconds_left", 0))
+    bits = f"{row['bits_per_dim']:.3f} bits/dim · " if "bits_per_dim" in row else ""
     return (
-        f"loss {row['loss']:.4f} · {row['bits_per_dim']:.3f} bits/dim · gradient {row['grad_norm']:.3g} · "
+        f"loss {row['loss']:.4f} · {bits}gradient {row['grad_norm']:.3g} · "
         f"{row['tokens_per_second']} tokens/s · {row['mfu']:.0%} MFU · {row['data_wait']:.0%} data · "
         f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02} left"
     )
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=handing_on("prepare", prepare))(train)
+    app.command(cls=handing_on(prepare=prepare))(train)

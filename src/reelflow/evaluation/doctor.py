@@ -28,7 +28,7 @@ def examine() -> dict[str, dict[str, Any]]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "encoders": _encoders(),
         "models": {"packaged": list(packaged())},
-        "chosen": {"device": "cuda" if gpus.get("cuda:0") else "cpu", "precision": "float32", **_advice(gpus)},
+        "chosen": _chosen("cuda" if gpus.get("cuda:0") else "cpu"),
     }
 
 
@@ -92,7 +92,13 @@ def _encoders() -> dict[str, str]:
     return {**kinds, ".png": "Pillow"}
 
 
-def _advice(gpus: dict[str, str]) -> dict[str, str]:
-    if gpus:
-        return {"advice": "published models: --precision bfloat16 halves their memory"}
-    return {"advice": "no GPU: use the small packaged models; the published ones of 3 and 7 billion parameters want a GPU"}
+def _chosen(device: str) -> dict[str, str]:
+    import torch
+
+    from reelflow.adapters.precision import LARGE, settle
+
+    found = {"device": device, "precision": settle("auto", device, 0), "of large flows": settle("auto", device, LARGE)}
+    if device == "cpu":
+        return found | {"advice": "no GPU: use the small packaged models; the published ones of 3 and 7 billion parameters want a GPU"}
+    size = torch.cuda.get_device_properties(0).total_memory // 10**9
+    return found | {"advice": f"published models: --memory-budget {size}GB picks the best precision and placement that fit this GPU"}

@@ -10,6 +10,8 @@ Every prompt and seed is fixed, so a number is a number of the model. What is as
     extend                            clip + caption → 65 frames: colour and shape of the thing in the last 33
     likelihood                        bits per dimension on train-like and on held-out clips; impossible twins scored lower
     denoiser                          PSNR of noised latents, decoded: as they are, Tweedie step, learned denoiser
+
+What is asked of a Stable Video Diffusion, `toybox_svd` says.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from reelflow.clip import Clip
 from reelflow.data.scene import Scene, Split, sample_scene
 from reelflow.data.toybox import CLIP, canonical, edit_pair, impossible_twin, render
 from reelflow.denoise import denoise, tweedie
+from reelflow.evaluation import toybox_svd
 from reelflow.evaluation.detect import detect, matches
 from reelflow.likelihood import add_noise
 from reelflow.pipelines import Pipeline, load
 from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
+from reelflow.pipelines.svd import Diffusion, SvdPipeline
 from reelflow.sampling import Schedule
 
 SEED = 20_000
@@ -49,8 +53,9 @@ def run(
     if count < 1:
         raise ValueError(f"count {count} is not usable; give at least 1 clip")
     pipe: Pipeline = load(model, device)
-    if not isinstance(pipe, StarFlowPipeline):
-        raise ValueError(f"{model} is no flow; toybox is what flows of this package are trained on")
+    if isinstance(pipe, SvdPipeline):
+        return toybox_svd.run(pipe, count, seed, batch, Diffusion(guidance=guidance), progress)
+    assert isinstance(pipe, StarFlowPipeline)
     sampling = Sampling(guidance, Schedule(sampler, tolerance))
     few = max(4, count // 4)
     found: dict[str, Any] = {"model": pipe.about.name, "revision": pipe.about.revision, "count": count, "count_other_tasks": few}

@@ -37,6 +37,7 @@ from reelflow.flow import StarFlow
 from reelflow.training import flops, parallel
 from reelflow.training.batches import Batch
 from reelflow.training.config import Bucket, Stage, TextConfig, TrainConfig
+from reelflow.training.flow import FlowObjective
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 
@@ -132,9 +133,10 @@ def run(
     tokens = bucket.batch * frames * latents[0, 0, 0].numel()
     with tempfile.TemporaryDirectory() as folder:
 
-        def loop(changed: TrainConfig, name: str) -> Trainer:
+        def loop(changed: TrainConfig, name: str) -> Trainer[FlowObjective]:
             made = Batch(latents, [PROMPT] * bucket.batch)
-            return Trainer(changed, lambda step: made, copy.deepcopy(text), Path(folder) / name, ranks)
+            objective = FlowObjective(changed, copy.deepcopy(text), ranks)
+            return Trainer(changed, lambda step: made, objective, Path(folder) / name, ranks)
 
         ours = loop(only, "ours")
         loops: dict[str, Callable[[], object]] = {}
@@ -152,15 +154,15 @@ def run(
     return {
         "model": config.about.name, "device": str(ranks.device), "ranks": ranks.count, "precision": config.precision,
         "recompute": config.recompute, "compile": config.compile, "offload": config.offload, "accumulate": config.accumulate,
-        "parameters": sum(p.numel() for p in ours.flow.parameters()), "trained": sum(p.numel() for p in ours.weights.values()),
+        "parameters": sum(p.numel() for p in ours.objective.flow.parameters()), "trained": sum(p.numel() for p in ours.weights.values()),
         "batch": bucket.batch, "latents": {"frames": frames, "height": latents.shape[3], "width": latents.shape[4]},
         "tokens": tokens, "flops": work, "peak": peak, "steps": steps, "threads": torch.get_num_threads(), "rows": rows, "memory": memory,
     }  # fmt: skip
 
 
-def _on(text: TextEncoder, trainer: Trainer) -> TextEncoder:
+def _on(text: TextEncoder, trainer: Trainer[FlowObjective]) -> TextEncoder:
     """The text encoder on the trainer's device, trained if the trainer's is."""
-    trained = any(p.requires_grad for p in trainer.text.model.parameters())
+    trained = any(p.requires_grad for p in trainer.objective.text.model.parameters())
     text.model.to(trainer.device).requires_grad_(trained)
     return text
 
@@ -200,7 +202,7 @@ def compare(
 
 
 def grown(
-    trainer: Trainer, config: TrainConfig, lengths: Iterable[int], progress: Callable[[str, float], None]
+    trainer: Trainer[FlowObjective], config: TrainConfig, lengths: Iterable[int], progress: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
     """Memory of a step against the latent frames of its clips, one clip per rank and part."""
     rows, every = [], sorted(lengths)

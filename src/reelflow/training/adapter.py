@@ -1,4 +1,4 @@
-"""Low-rank adapters in a flow that is trained: put in by peft, taken out as one small file (`adapters.lora`)."""
+"""Low-rank adapters in a network that is trained: put in by peft, taken out as one small file (`adapters.lora`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from reelflow.config import ModelConfig
-from reelflow.flow import StarFlow
 from reelflow.training.config import LoraConfig
 
 
-def targets(flow: StarFlow, config: LoraConfig) -> list[str]:
+def targets(flow: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the linear layers that the patterns mean. Raises ValueError for a pattern that means none."""
     linear = [name for name, module in flow.named_modules() if isinstance(module, nn.Linear)]
     for pattern in config.targets:
@@ -26,7 +25,7 @@ def targets(flow: StarFlow, config: LoraConfig) -> list[str]:
     return [name for name in linear if any(fnmatchcase(name, pattern) for pattern in config.targets)]
 
 
-def add_adapters(flow: StarFlow, config: LoraConfig) -> None:
+def add_adapters(flow: nn.Module, config: LoraConfig) -> None:
     """Put adapters beside the matrices, in place; only they are trained from here on."""
     names = targets(flow, config)
     with silence():
@@ -56,7 +55,7 @@ def silence() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def fill_adapters(flow: StarFlow, seed: int) -> None:
+def fill_adapters(flow: nn.Module, seed: int) -> None:
     """Values to begin with: A random, B zero, so that the flow is what it was."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,7 +69,8 @@ def fill_adapters(flow: StarFlow, seed: int) -> None:
 
 def taken_out(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adapters by the names they have in their file."""
-    return {name.removeprefix("flow.").replace(".default.", "."): tensor for name, tensor in state.items() if ".lora_" in name}
+    found = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    return {name.removeprefix("flow.").removeprefix("unet.").replace(".default.", "."): tensor for name, tensor in found.items()}
 
 
 def about(config: LoraConfig, model: ModelConfig, base: ModelConfig) -> dict[str, Any]:

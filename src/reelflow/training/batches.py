@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from reelflow.adapters.text import TextEncoder, wrap_prompt
-from reelflow.training.config import Bucket, TrainConfig
-from reelflow.training.shards import Entry, PreparedLatents, require_fit
+from reelflow.training.config import AnyBucket, RunConfig, TrainConfig
+from reelflow.training.shards import Entry, PreparedLatents, require_fit, seen_by
 
 PREFIX = {"image": "", "generate": "", "extend": "(extend) ", "edit": "(v2v) "}
 
@@ -50,12 +50,16 @@ class Batch(NamedTuple):
     latents: Tensor | Rows
     prompts: list[str]
 
+    @property
+    def size(self) -> int:
+        return len(self.prompts)
+
 
 class Plan(NamedTuple):
     """The batch of a step before anything is read."""
 
     step: int
-    bucket: Bucket
+    bucket: AnyBucket
     aspect: str
     draws: range
     """Numbers of its rows among all draws from the clips of this length and aspect."""
@@ -73,7 +77,7 @@ def wrapped(config: TrainConfig, text: str, task: str, aspect: str) -> str:
     )  # fmt: skip
 
 
-def needed(bucket: Bucket) -> int:
+def needed(bucket: AnyBucket) -> int:
     """Latent frames of a clip that serves a bucket."""
     return bucket.frames + (bucket.task == "extend")
 
@@ -85,8 +89,8 @@ class Planner:
         ValueError: a bucket for which no clip is long enough.
     """
 
-    def __init__(self, config: TrainConfig, entries: Sequence[Entry], where: object):
-        self.config, self.entries = config, entries
+    def __init__(self, config: RunConfig, entries: Sequence[Entry], where: object):
+        self.entries, self._stage, self._seed = entries, config.stage, config.seed
         self._usable: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
         self._starts: list[int] = []
         self._drawn: dict[tuple[bool, int, str], int] = defaultdict(int)
@@ -112,17 +116,13 @@ class Planner:
             self._drawn[key] += bucket.batch
         bucket, aspect, rng = self._choose(step)
         draws = range(self._starts[step], self._starts[step] + bucket.batch)
-        prompts, starts = [], []
-        for draw in draws:
-            phrasings = next(self.draw(bucket, aspect, draw))[0].captions
-            usual = min(2, len(phrasings)) if rng.random() < 0.75 else len(phrasings)  # the first ones are the canonical phrasings
-            text = phrasings[int(rng.integers(usual))]
-            text = "" if rng.random() < self.config.text_drop else PREFIX[bucket.task] + text
-            prompts.append(wrapped(self.config, text, bucket.task, aspect))
-            starts.append(float(rng.random()))
-        return Plan(step, bucket, aspect, draws, prompts, starts)
+        return Plan(step, bucket, aspect, draws, *self.told(bucket, aspect, draws, rng))
 
-    def draw(self, bucket: Bucket, aspect: str, draw: int) -> Iterator[tuple[Entry, int]]:
+    def told(self, bucket: AnyBucket, aspect: str, draws: range, rng: np.random.Generator) -> tuple[list[str], list[float]]:
+        """Prompts and starts of the rows."""
+        return [], rng.random(len(draws)).tolist()
+
+    def draw(self, bucket: AnyBucket, aspect: str, draw: int) -> Iterator[tuple[Entry, int]]:
         """The clip of a draw and its epoch; after it those that stand in for it, where it turns out not to be usable."""
         key = (bucket.task == "edit", needed(bucket))
         indices = self._usable[key][aspect]
@@ -133,18 +133,37 @@ class Planner:
 
     def _new_order(self, edit: bool, least: int, aspect: str, epoch: int) -> np.ndarray:
         across, down = map(int, aspect.split(":"))
-        rng = np.random.default_rng((self.config.seed, epoch, edit, least, across, down))
+        rng = np.random.default_rng((self._seed, epoch, edit, least, across, down))
         return rng.permutation(self._usable[edit, least][aspect])
 
-    def _choose(self, step: int) -> tuple[Bucket, str, np.random.Generator]:
+    def _choose(self, step: int) -> tuple[AnyBucket, str, np.random.Generator]:
         """Bucket and aspect of a step, aspects as often as they have clips, and the generator for all that follows."""
-        rng = np.random.default_rng((self.config.seed, step))
-        buckets = self.config.stage(step).buckets
+        rng = np.random.default_rng((self._seed, step))
+        buckets = self._stage(step).buckets
         shares = np.array([bucket.share for bucket in buckets])
         bucket = buckets[int(rng.choice(len(buckets), p=shares / shares.sum()))]
         usable = self._usable[bucket.task == "edit", needed(bucket)]
         sizes = np.array([len(indices) for indices in usable.values()])
         return bucket, list(usable)[int(rng.choice(len(sizes), p=sizes / sizes.sum()))], rng
+
+
+class PromptPlanner(Planner):
+    """With the prompts of a flow."""
+
+    def __init__(self, config: TrainConfig, entries: Sequence[Entry], where: object):
+        super().__init__(config, entries, where)
+        self.config = config
+
+    def told(self, bucket: AnyBucket, aspect: str, draws: range, rng: np.random.Generator) -> tuple[list[str], list[float]]:
+        prompts, starts = [], []
+        for draw in draws:
+            phrasings = next(self.draw(bucket, aspect, draw))[0].captions
+            usual = min(2, len(phrasings)) if rng.random() < 0.75 else len(phrasings)  # the first ones are the canonical phrasings
+            text = phrasings[int(rng.integers(usual))]
+            text = "" if rng.random() < self.config.text_drop else PREFIX[bucket.task] + text
+            prompts.append(wrapped(self.config, text, bucket.task, aspect))
+            starts.append(float(rng.random()))
+        return prompts, starts
 
     def captions(self) -> list[str]:
         """Every caption, wrapped and with its prefixes: what a tokenizer is fitted to."""
@@ -173,9 +192,9 @@ class CachedLatents:
 
     def __init__(self, config: TrainConfig):
         assert config.latents is not None
-        require_fit(Path(config.latents), config)
+        require_fit(Path(config.latents), seen_by(config))
         self.config, self.prepared = config, PreparedLatents(Path(config.latents))
-        self.planner = Planner(config, self.prepared.entries, config.latents)
+        self.planner = PromptPlanner(config, self.prepared.entries, config.latents)
         first = self.prepared.entries[0]
         channels = self.prepared.read(first, 0, 1)[0].shape[2]
         if channels != config.flow.channels:

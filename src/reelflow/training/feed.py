@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor
 from reelflow.adapters.text import wrap_prompt
 from reelflow.likelihood import add_noise
 from reelflow.training.batches import Batch
-from reelflow.training.config import TrainConfig
+from reelflow.training.config import RunConfig, TrainConfig
+
+R = TypeVar("R")
 
 
 class Source(Protocol):
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step: a function of the step alone."""
+    def __call__(self, step: int) -> Any:
+        """The batch of a step, with its `size` (rows): a function of the step alone."""
 
 
 class Rows(NamedTuple):
@@ -38,18 +40,19 @@ class Rows(NamedTuple):
     """Of these rows among all of the batch."""
 
 
-class Feed:
+class Feed(Generic[R]):
     """`feed(step)`: this rank's rows, in `accumulate` parts of about equal size, and how many rows and values the batch has.
 
     The rows of rank r of n are r, r + n, …; noise and its level come from a generator for (seed, step, row), so that nothing
     depends on how the rows are split. `waited`: seconds that steps had to wait for their data.
     """
 
-    def __init__(self, config: TrainConfig, source: Source, rank: int = 0, ranks: int = 1, pin: bool = False):
-        self.config, self.source, self.rank, self.ranks, self.pin = config, source, rank, ranks, pin
+    def __init__(self, config: RunConfig, source: Source, rank: int = 0, ranks: int = 1, pin: bool = False):
+        self.steps, self.accumulate, self.source, self.pin = config.steps, config.accumulate, source, pin
+        self.rank, self.ranks = rank, ranks
         self.waited = 0.0
         self._worker: ThreadPoolExecutor | None = None
-        self._next: tuple[int, Future[list[Rows]]] | None = None
+        self._next: tuple[int, Future[list[R]]] | None = None
         for stage in config.stages:
             for bucket in stage.buckets:
                 if bucket.batch < ranks * config.accumulate:
@@ -67,7 +70,7 @@ class Feed:
             finally:
                 self._worker, self._next = None, None
 
-    def __call__(self, step: int) -> list[Rows]:
+    def __call__(self, step: int) -> list[R]:
         began = time.perf_counter()
         if self._next is not None and self._next[0] == step:
             rows = self._next[1].result()
@@ -75,26 +78,43 @@ class Feed:
             rows = self.rows(step)
         self.waited += time.perf_counter() - began
         if self._worker is not None:
-            self._next = (step + 1, self._worker.submit(self.rows, step + 1)) if step + 1 < self.config.steps else None
+            self._next = (step + 1, self._worker.submit(self.rows, step + 1)) if step + 1 < self.steps else None
         return rows
 
-    def rows(self, step: int) -> list[Rows]:
+    def rows(self, step: int) -> list[R]:
         """Of a step, whatever was asked before."""
         batch = self.source(step)
-        size, own = len(batch.prompts), range(self.rank, len(batch.prompts), self.ranks)
-        return [self._noisy(batch, step, own[part :: self.config.accumulate], size) for part in range(self.config.accumulate)]
+        own = range(self.rank, batch.size, self.ranks)
+        return [self.part(batch, step, own[part :: self.accumulate]) for part in range(self.accumulate)]
 
-    def _noisy(self, batch: Batch, step: int, rows: Sequence[int], size: int) -> Rows:
+    def part(self, batch: Any, step: int, rows: Sequence[int]) -> R:
+        """Some rows of a batch, with all that is drawn for them."""
+        raise NotImplementedError
+
+
+def row_generator(seed: int, step: int, row: int) -> torch.Generator:
+    """What is drawn for a row of a step."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0]))
+
+
+class FlowFeed(Feed[Rows]):
+    """Noisy latents and prompts."""
+
+    def __init__(self, config: TrainConfig, source: Source, rank: int = 0, ranks: int = 1, pin: bool = False):
+        super().__init__(config, source, rank, ranks, pin)
+        self.config = config
+
+    def part(self, batch: Batch, step: int, rows: Sequence[int]) -> Rows:
         noisy, prompts, levels = [], [], []
         low, high = self.config.noise_range or (self.config.flow.noise_std,) * 2
         for row in rows:
-            generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.config.seed, step, row)).generate_state(1)[0]))
+            generator = row_generator(self.config.seed, step, row)
             level = low if low == high else low + (high - low) * float(torch.rand((), generator=generator))
             noisy.append(add_noise(batch.latents[row], level, generator))
             prompts.append(self._told(batch.prompts[row], level))
             levels.append(level)
         x = torch.stack(noisy)
-        return Rows(x.pin_memory() if self.pin else x, prompts, torch.tensor(levels), len(rows) / size)
+        return Rows(x.pin_memory() if self.pin else x, prompts, torch.tensor(levels), len(rows) / batch.size)
 
     def _told(self, prompt: str, level: float) -> str:
         """The prompt, which is wrapped for the model's own noise level, with the level that was drawn."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,14 +23,17 @@ from torch import Tensor
 from reelflow.adapters.hub import part_folder
 from reelflow.adapters.text import TextEncoder, load_text_encoder
 from reelflow.data.ahead import ahead
-from reelflow.data.decode import Piece
+from reelflow.data.decode import Piece, View
 from reelflow.data.failures import Failures, UnusableError
 from reelflow.data.opening import open_sources
 from reelflow.data.source import Joined, Member, Sample
 from reelflow.training.batches import PREFIX, wrapped
 from reelflow.training.config import TextConfig, TrainConfig
-from reelflow.training.encoder import PIXELS, Encoder, view_of
-from reelflow.training.shards import SHARD, Header, Prepared, claim, finished, read_header, shard_path, write_shard
+from reelflow.training.encoder import PIXELS, Encoder, Lengths, view_of
+from reelflow.training.shards import SHARD, Header, Prepared, claim, finished, read_header, seen_by, shard_path, write_shard
+
+if TYPE_CHECKING:
+    from reelflow.training.svd.config import SvdConfig
 
 
 class Item(NamedTuple):
@@ -72,6 +75,27 @@ class Shard:
     failures: list[tuple[str, str, str]] = field(default_factory=list)
 
 
+class Keeper(Protocol):
+    """What a family of models keeps of clips."""
+
+    @property
+    def view(self) -> View:
+        """How it sees them."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """How long they are prepared."""
+
+    def seen(self) -> dict[str, Any]:
+        """All that makes a model see clips as it does, JSON-able."""
+
+    def encode(self, pieces: list[tuple[Sample, Piece]]) -> list[Prepared]:
+        """Clips of one shape."""
+
+    def states(self, samples: list[Prepared]) -> dict[str, Tensor]:
+        """The text states of every prompt that training can ask for of these samples."""
+
+
 class Preparation:
     """One process that prepares its share of the data.
 
@@ -79,19 +103,18 @@ class Preparation:
         ValueError: a source, codec or text encoder that cannot be read or does not fit; a folder of other latents.
     """
 
-    def __init__(self, config: TrainConfig, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1):
+    def __init__(self, config: TrainConfig | SvdConfig, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1):
         if config.data is None:
             raise ValueError("nothing to prepare; say under data where the clips are (folder, shards, hub or toybox)")
         if config.latents is None:
             raise ValueError("nowhere to put latents; name a folder with latents=…")
-        self.config, self.data, self.folder = config, config.data, Path(config.latents)
-        self.encoder = Encoder(config.vae, exact=config.precision == "float32", device=device)
-        self.view, self.lengths = view_of(config, self.encoder)
-        self.source = Joined(open_sources(self.data, self.lengths.clips, self.lengths.edits))
+        self.data, self.folder = config.data, Path(config.latents)
+        self.keeper = keeper(config, device)
+        lengths = self.keeper.lengths
+        self.source = Joined(open_sources(self.data, lengths.clips, lengths.edits))
         self.parts = self.source.parts()
         self.mine, self.first = range(rank, len(self.parts), ranks), rank == 0
-        self.text = _text_encoder(config, device) if self.data.text_states else None
-        claim(self.folder, config, [part.name for part in self.parts])
+        claim(self.folder, config, self.keeper.seen(), [part.name for part in self.parts])
         self.failures = Failures(self.folder / "failures.jsonl", self.data.max_failed_share)
         for header in self._headers(self.mine):
             self.failures.seen(len({sample["key"] for sample in header.samples}) + len(header.failures))
@@ -121,13 +144,13 @@ class Preparation:
                     self.failures.add(*shard.failures[-1])
                     continue
                 if pieces and (pieces[0][1].frames.shape != found[0].frames.shape or _pixels(pieces) >= PIXELS):
-                    shard.samples += self._encode(pieces)
+                    shard.samples += self._kept(pieces)
                     pieces = []
                 pieces += [(item.sample, piece) for piece in found]
                 continue
-            shard.samples += self._encode(pieces)
+            shard.samples += self._kept(pieces)
             path = shard_path(self.folder, item.part, item.number)
-            write_shard(path, shard.samples, item.last, shard.failures, self._states(shard.samples))
+            write_shard(path, shard.samples, item.last, shard.failures, self.keeper.states(shard.samples))
             shard, pieces, done = Shard(), [], done + item.last
             share = (done + (0.0 if item.last else self._inside(item, seen))) / len(self.mine)
             row = self._row(share, (time.monotonic() - began) * (1 - share) / (share - before) if share > before else None)
@@ -153,19 +176,48 @@ class Preparation:
     def _decode(self, item: Item) -> tuple[Item, Any]:
         if item.sample is None:
             return item, None
-        sample, lengths = item.sample, self.lengths
+        sample, lengths, view = item.sample, self.keeper.lengths, self.keeper.view
         frames = sample.frames or (lengths.edits if sample.source else lengths.clips)
         try:
-            measure = self.view.measure(sample)
+            measure = view.measure(sample)
             least = min(lengths.least, frames)
-            return item, [self.view.take(sample, measure, frames, least, epoch) for epoch in range(1 if measure.still else self.data.crops)]
+            return item, [view.take(sample, measure, frames, least, epoch) for epoch in range(1 if measure.still else self.data.crops)]
         except UnusableError as error:
             return item, error
 
-    def _encode(self, pieces: list[tuple[Sample, Piece]]) -> list[Prepared]:
-        """Clips of one shape, both clips of an edit one after the other."""
-        if not pieces:
-            return []
+    def _kept(self, pieces: list[tuple[Sample, Piece]]) -> list[Prepared]:
+        return self.keeper.encode(pieces) if pieces else []
+
+    def _summary(self) -> dict[str, Any]:
+        """Of all ranks' shards, once they are there."""
+        while not all(finished(self.folder, part) for part in range(len(self.parts))):
+            time.sleep(1)
+        headers = self._headers(range(len(self.parts)))
+        clips = sum(len({sample["key"] for sample in header.samples}) for header in headers)
+        failed = sum(len(header.failures) for header in headers)
+        if not clips:
+            raise ValueError(f"{self.folder}: not one of {failed} clips can be used; see {self.failures.path}")
+        return {"clips": clips, "failed": failed, "shards": len(headers), "done": 1.0, "seconds_left": 0}
+
+
+class FlowKeeper:
+    """Latents of clips, and what the text encoder makes of their captions."""
+
+    def __init__(self, config: TrainConfig, device: str | torch.device):
+        assert config.data is not None
+        self.config, self.data = config, config.data
+        self.encoder = Encoder(config.vae, exact=config.precision == "float32", device=device)
+        self.view, self.lengths = view_of(config, self.encoder)
+        self.text = _text_encoder(config, device) if self.data.text_states else None
+
+    def seen(self) -> dict[str, Any]:
+        config, told = self.config, seen_by(self.config)
+        if self.text is not None:
+            told |= {"text": str(config.text), "about.prompt": config.about.prompt.model_dump(), "flow.noise_std": config.flow.noise_std}
+        return told
+
+    def encode(self, pieces: list[tuple[Sample, Piece]]) -> list[Prepared]:
+        """Both clips of an edit one after the other."""
         each = len(pieces[0][1].frames)
         mean, std = self.encoder.posterior(torch.cat([torch.from_numpy(piece.frames) for _, piece in pieces]))
         parts = zip(pieces, mean.split(each), std.split(each), strict=True)
@@ -174,7 +226,7 @@ class Preparation:
             Prepared(sample.key, sample.captions, piece.aspect, mean, std if sampled else None) for (sample, piece), mean, std in parts
         ]
 
-    def _states(self, samples: list[Prepared]) -> dict[str, Tensor]:
+    def states(self, samples: list[Prepared]) -> dict[str, Tensor]:
         """The text states of every prompt that training can ask for of these samples."""
         if self.text is None:
             return {}
@@ -192,20 +244,17 @@ class Preparation:
             found |= {prompt: row[:length].to("cpu", kind) for prompt, row, length in zip(some, states, lengths.tolist(), strict=True)}
         return found
 
-    def _summary(self) -> dict[str, Any]:
-        """Of all ranks' shards, once they are there."""
-        while not all(finished(self.folder, part) for part in range(len(self.parts))):
-            time.sleep(1)
-        headers = self._headers(range(len(self.parts)))
-        clips = sum(len({sample["key"] for sample in header.samples}) for header in headers)
-        failed = sum(len(header.failures) for header in headers)
-        if not clips:
-            raise ValueError(f"{self.folder}: not one of {failed} clips can be used; see {self.failures.path}")
-        return {"clips": clips, "failed": failed, "shards": len(headers), "done": 1.0, "seconds_left": 0}
+def keeper(config: TrainConfig | SvdConfig, device: str | torch.device) -> Keeper:
+    """Of the configuration's family."""
+    if isinstance(config, TrainConfig):
+        return FlowKeeper(config, device)
+    from reelflow.training.svd.data import SvdKeeper
+
+    return SvdKeeper(config, device)
 
 
 def prepare(
-    config: TrainConfig,
+    config: TrainConfig | SvdConfig,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     device: str | torch.device = "cpu",
     rank: int = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from reelflow.training.adapter import silence
-from reelflow.training.config import TrainConfig
+from reelflow.training.config import RunConfig, TrainConfig
 from reelflow.training.muon import Muon
 
 KEYS = ("step", "exp_avg", "exp_avg_sq", "mean")
@@ -20,27 +20,29 @@ KEYS = ("step", "exp_avg", "exp_avg_sq", "mean")
 
 
 class Optimizers:
-    """The optimisers of a run: of the flow (and its text encoder), and of the denoiser, whose loss is its own.
+    """The optimisers of a run: of the network (and its text encoder), and of a flow's denoiser, whose loss is its own.
 
     Args:
         weights: what is trained, by name; the denoiser's begin with `flow.denoiser.`.
+        names: of those that Muon may move.
     """
 
-    def __init__(self, config: TrainConfig, weights: Mapping[str, nn.Parameter]):
+    def __init__(self, config: RunConfig, weights: Mapping[str, nn.Parameter], names: Collection[str]):
         self.config, self.weights = config, weights
         self.denoiser = [p for name, p in weights.items() if name.startswith("flow.denoiser.")]
-        self.flow = [p for name, p in weights.items() if not name.startswith("flow.denoiser.")]
-        matrices = {id(p) for name, p in weights.items() if ".layers." in name and p.ndim == 2 and name.startswith("flow.")}
+        self.main = [p for name, p in weights.items() if not name.startswith("flow.denoiser.")]
+        matrices = {id(weights[name]) for name in names}
         use_muon = config.optimizer == "muon"
         self.all: list[torch.optim.Optimizer] = []
         self.peaks: list[float] = []
-        if self.flow:
-            self.all.append(adamw(config, [p for p in self.flow if not (use_muon and id(p) in matrices)], config.lr))
+        if self.main:
+            self.all.append(adamw(config, [p for p in self.main if not (use_muon and id(p) in matrices)], config.lr))
             self.peaks.append(config.lr)
         if use_muon:
-            self.all.append(Muon([p for p in self.flow if id(p) in matrices], config.lr))
+            self.all.append(Muon([p for p in self.main if id(p) in matrices], config.lr))
             self.peaks.append(config.lr)
         if self.denoiser:
+            assert isinstance(config, TrainConfig)
             self.all.append(adamw(config, self.denoiser, config.denoiser_lr))
             self.peaks.append(config.denoiser_lr)
 
@@ -105,7 +107,7 @@ class Optimizers:
                     optimizer.state[p][key] = kept(optimizer, p, key, value)
 
 
-def adamw(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """AdamW, with weights on every rank and sharded ones in groups of their own."""
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if isinstance(p, DTensor) is sharded]} for sharded in (False, True)]
     groups = [group for group in groups if group["params"]]

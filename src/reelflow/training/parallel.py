@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from reelflow.adapters.torchrun import TOLD, own_device
 from reelflow.flow import StarFlow
 from reelflow.flow.attention import Layer
-from reelflow.training.config import TrainConfig
+from reelflow.training.config import RunConfig
 
 PATIENCE = 5.0
 """Seconds."""
@@ -86,7 +86,7 @@ class Ranks:
             dist.barrier(self.words)
 
 
-def join(config: TrainConfig) -> Ranks:
+def join(config: RunConfig) -> Ranks:
     """Find the other processes that torchrun started, if it did.
 
     Raises:
@@ -122,11 +122,16 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def precision(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """In which products are computed."""
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+
+
 def layers(flow: StarFlow) -> list[Layer]:
     return [module for module in flow.modules() if isinstance(module, Layer)]
 
 
-def prepare_layers(flow: StarFlow, config: TrainConfig) -> None:
+def prepare_layers(flow: StarFlow, config: RunConfig) -> None:
     """Compile layers and recompute their insides on the way back, as configured."""
     for layer in layers(flow):
         run: Any = layer.forward
@@ -138,7 +143,7 @@ def prepare_layers(flow: StarFlow, config: TrainConfig) -> None:
             layer.forward = run  # type: ignore[method-assign]  # on this layer only; names of weights stay
 
 
-def shard(flow: StarFlow, config: TrainConfig, mesh: DeviceMesh) -> None:
+def shard(flow: StarFlow, config: RunConfig, mesh: DeviceMesh) -> None:
     """Share the matrices of the layers among the ranks of the mesh, in place; see the top of the file."""
     matrices = {
         parameter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reelflow.likelihood import HALF_LOG_TAU
 from reelflow.training import flops
-from reelflow.training.config import TrainConfig
-
-MEANS = ("loss", "score_loss", "grad_norm")
+from reelflow.training.config import RunConfig
 
 
 class Meter:
@@ -25,8 +23,8 @@ class Meter:
     The means are part of a checkpoint, so that a run that is resumed writes the rows of one that never stopped.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, ranks: int):
-        self.config, self.device, self.ranks = config, device, ranks
+    def __init__(self, config: RunConfig, device: torch.device, ranks: int, losses: tuple[str, ...] = ("loss", "score_loss")):
+        self.config, self.device, self.ranks, self.names = config, device, ranks, (*losses, "grad_norm")
         self.steps: list[tuple[float, ...]] = []
         self._peak: float | None = None
         self.restart()
@@ -34,28 +32,27 @@ class Meter:
     def restart(self) -> None:
         self.began, self.tokens, self.work, self.done = time.monotonic(), 0.0, 0.0, 0
 
-    def add(self, found: dict[str, float], shape: torch.Size, denoiser: bool) -> None:
-        """Count a step. shape: of its whole batch, (B, F, C, h, w)."""
-        self.steps.append(tuple(found[key] for key in MEANS))
-        rows, frames, _, height, width = shape
-        self.tokens += rows * frames * height * width
-        self.work += rows * flops.training_step(self.config.flow, frames, height * width, denoiser, self.config.lora is not None)
+    def add(self, found: dict[str, float], tokens: float, work: float) -> None:
+        """Count a step. tokens, work: of its whole batch, FLOPs."""
+        self.steps.append(tuple(found[key] for key in self.names))
+        self.tokens += tokens
+        self.work += work
         self.done += 1
 
-    def row(self, step: int, skipped: int, waited: float) -> dict[str, Any]:
+    def row(self, step: int, skipped: int, waited: float, explain: Callable[[dict[str, float]], dict[str, float]]) -> dict[str, Any]:
         """The row of a log step; the means begin anew.
 
         Args:
             skipped: steps so far whose gradient was too large.
             waited: seconds since the start that steps waited for their data.
+            explain: what the row says of the mean losses.
         """
         took = max(1e-9, time.monotonic() - self.began)
         if self._peak is None:
             self._peak = flops.peak(self.device, self.config.precision)
-        means = dict(zip(MEANS, np.mean(self.steps, 0).tolist(), strict=True))
+        means = dict(zip(self.names, np.mean(self.steps, 0).tolist(), strict=True))
         self.steps = []
-        bits = (means["loss"] + HALF_LOG_TAU) / math.log(2)
-        found: dict[str, Any] = {"step": step, "loss": means["loss"], "bits_per_dim": bits} | means
+        found: dict[str, Any] = {"step": step} | explain(means)
         found = {key: round(value, 5) for key, value in found.items()}
         return found | {
             "skipped": skipped,
@@ -66,7 +63,7 @@ class Meter:
         }
 
     def state(self) -> Tensor:
-        return torch.tensor(self.steps, dtype=torch.float64).reshape(-1, len(MEANS))
+        return torch.tensor(self.steps, dtype=torch.float64).reshape(-1, len(self.names))
 
     def restore(self, state: Tensor) -> None:
         self.steps = [tuple(values) for values in state.tolist()]
@@ -79,7 +76,7 @@ class Log:
         step: rows after it are of a run that was cut off, and are written again.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int):
+    def __init__(self, folder: Path, config: RunConfig, step: int):
         self.path = folder / "log.jsonl"
         self.board: Any = None
         if self.path.exists():

@@ -20,7 +20,7 @@ from reelflow.data.decode import Measure, Piece
 from reelflow.data.failures import Failures, UnusableError
 from reelflow.data.opening import copied, open_sources
 from reelflow.data.source import Joined, Sample
-from reelflow.training.batches import Batch, CachedLatents, Plan, Planner, Rows, finish, needed
+from reelflow.training.batches import Batch, CachedLatents, Plan, PromptPlanner, Rows, finish, needed
 from reelflow.training.config import TrainConfig
 from reelflow.training.encoder import Encoder, view_of
 from reelflow.training.shards import Entry, unfinished
@@ -61,7 +61,7 @@ class RawClips:
         self.failures.judge()
         if not entries:
             raise ValueError(f"data: not one of {len(self.samples)} clips can be used; see {self.failures.path}")
-        self.planner = Planner(config, entries, "data")
+        self.planner = PromptPlanner(config, entries, "data")
         self._pool = ThreadPoolExecutor(self.data.workers, "decode")
         self._ahead: dict[int, tuple[Plan, dict[int, Future[Piece]]]] = {}
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,19 @@ from reelflow.flow import StarFlow
 from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.training import adapter, parallel
 from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.flow import FlowObjective
+from reelflow.training.parallel import Ranks
 from reelflow.training.raw import Batches, open_batches
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from reelflow.training.svd.config import SvdConfig
 
-def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lambda row: None, export_only: bool = False) -> Path:
+
+def run(
+    config: TrainConfig | SvdConfig, folder: Path, on_log: Callable[[dict], None] = lambda row: None, export_only: bool = False
+) -> Path:
     """Train, or go on where the folder's latest checkpoint stands. Returns what is written at the end.
 
     Args:
@@ -39,9 +47,8 @@ def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lamb
         LostRankError: another rank of the run is gone.
     """
     ranks = parallel.join(config)
-    with closing(open_batches(config, folder, ranks.device, ranks.rank, ranks.count)) as source:
-        torch.manual_seed(config.seed)
-        trainer = Trainer(config, source, open_text(config, source, ranks.device), folder, ranks)
+    with closing(open_source(config, folder, ranks)) as source:
+        trainer = Trainer(config, source, open_objective(config, source, ranks), folder, ranks)
         if ranks.count > 1:
             parallel.tell_when_ended(trainer.standing)
         if not export_only:
@@ -49,10 +56,39 @@ def run(config: TrainConfig, folder: Path, on_log: Callable[[dict], None] = lamb
         elif not trainer.step:
             raise ValueError(f"{folder}: holds no checkpoint to export; train first")
     with parallel.answering(trainer.standing):
-        target = export_adapter(trainer) if config.lora else export(trainer, folder / "model")
+        target = write_result(trainer)
         ranks.meet()
     parallel.leave()  # only here: where a rank has failed, the others may never come to part
     return target
+
+
+def open_source(config: TrainConfig | SvdConfig, folder: Path, ranks: Ranks) -> Any:
+    """Where the batches of a run come from. Raises ValueError for data that do not fit."""
+    if isinstance(config, TrainConfig):
+        return open_batches(config, folder, ranks.device, ranks.rank, ranks.count)
+    from reelflow.training.svd.data import PreparedShows
+
+    return PreparedShows(config)
+
+
+def open_objective(config: TrainConfig | SvdConfig, source: Any, ranks: Ranks) -> Any:
+    """What a run trains. Raises ValueError for parts that do not fit."""
+    if isinstance(config, TrainConfig):
+        torch.manual_seed(config.seed)
+        return FlowObjective(config, open_text(config, source, ranks.device), ranks)
+    from reelflow.training.svd.model import open_unet
+    from reelflow.training.svd.objective import SvdObjective
+
+    return SvdObjective(config, open_unet(config, source.states, ranks.device), ranks)
+
+
+def write_result(trainer: Trainer[Any]) -> Path:
+    """The model folder, or the file of adapters. All ranks call it, the first one writes."""
+    if isinstance(trainer.objective, FlowObjective):
+        return export_adapter(trainer) if trainer.config.lora else export(trainer, trainer.folder / "model")
+    from reelflow.training.svd import export as svd
+
+    return svd.export_adapter(trainer) if trainer.config.lora else svd.export(trainer, trainer.folder / "model")
 
 
 def open_text(config: TrainConfig, source: Batches, device: torch.device) -> TextEncoder:
@@ -70,11 +106,11 @@ def open_text(config: TrainConfig, source: Batches, device: torch.device) -> Tex
     return text if trained else source.with_texts(text)
 
 
-def flow_state(trainer: Trainer) -> dict[str, Tensor]:
+def flow_state(trainer: Trainer[FlowObjective]) -> dict[str, Tensor]:
     """All of the flow with averaged weights, on the CPU of the first rank (elsewhere empty); with adapters: added. All ranks call it."""
-    config, average = trainer.config, trainer.averaged()
+    config, average = trainer.objective.config, trainer.averaged()
     found = {}
-    for name, p in trainer.flow.named_parameters():
+    for name, p in trainer.objective.flow.named_parameters():
         value = parallel.full(average.get(f"flow.{name}", p.detach()))
         if trainer.ranks.first:
             found[name] = value.cpu()
@@ -87,25 +123,25 @@ def flow_state(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def averaged(trainer: Trainer) -> StarFlowPipeline | None:
+def averaged(trainer: Trainer[FlowObjective]) -> StarFlowPipeline | None:
     """The pipeline of the averaged weights as they stand, on the first rank; the trainer goes on untouched. All ranks call it."""
     state = flow_state(trainer)
     if not trainer.ranks.first:
         return None
-    config, device = trainer.config, trainer.device
+    config, device = trainer.objective.config, trainer.device
     with torch.device("meta"):
         flow = StarFlow(config.flow)
     flow.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     if device.type == "cuda":
         flow.set_precision(torch.bfloat16).to(device)
-    text = trainer.averaged_text()
+    text = trainer.objective.averaged_text(trainer.averaged())
     text.model.to(device)
     return StarFlowPipeline(config.about, flow, load_codec(config.vae, config.about.latent_scale, device), text)
 
 
-def write_samples(trainer: Trainer) -> None:
+def write_samples(trainer: Trainer[FlowObjective]) -> None:
     """A clip and its contact sheet per sample prompt, seed 0; the other ranks wait."""
-    pipe, prompts = averaged(trainer), list(trainer.config.sample_prompts)
+    pipe, prompts = averaged(trainer), list(trainer.objective.config.sample_prompts)
     if pipe is not None and prompts:
         folder = trainer.folder / "samples"
         folder.mkdir(exist_ok=True)
@@ -119,15 +155,15 @@ def write_samples(trainer: Trainer) -> None:
         trainer.ranks.meet()
 
 
-def export(trainer: Trainer, target: Path) -> Path:
+def export(trainer: Trainer[FlowObjective], target: Path) -> Path:
     """Write the averaged weights as a model folder: the flow in bfloat16, the text encoder in float32, the codec copied.
 
     All ranks call it, the first one writes.
     """
-    config, state = trainer.config, flow_state(trainer)
+    config, state = trainer.objective.config, flow_state(trainer)
     if not trainer.ranks.first:
         return target
-    text = trainer.averaged_text()
+    text = trainer.objective.averaged_text(trainer.averaged())
     if target.exists():
         shutil.rmtree(target)
     with new_folder(target) as folder:
@@ -141,9 +177,9 @@ def export(trainer: Trainer, target: Path) -> Path:
     return target
 
 
-def export_adapter(trainer: Trainer) -> Path:
+def export_adapter(trainer: Trainer[FlowObjective]) -> Path:
     """Write the averaged adapters as one file named after the model, `about.name`. All ranks call it, the first one writes."""
-    config = trainer.config
+    config = trainer.objective.config
     assert config.lora is not None
     assert config.init is not None
     target = trainer.folder / f"{config.about.name}.safetensors"

@@ -8,6 +8,7 @@ A shard `00012-0003.safetensors` holds the usable ones of 64 samples of part 12 
 
 in bfloat16: standardised as the VAE's config says, not yet multiplied by the latent scale. The VAE is causal, so the first
 latent frames of a clip are exactly the latents of its beginning: a clip of 33 frames also serves as one of 1, 5, 9 … frames.
+What is kept for Stable Video Diffusion, `svd.data` says.
 `text.HASH` is what a text encoder makes of the prompt with that hash, (tokens, D), without padding.
 
 Older shards (`clips-033-00000.safetensors`) are read too: `latents` (N, f, C, h, w), or `source` and `target` of edits, and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.adapters.checkpoint import written
-from reelflow.training.config import TrainConfig
+from reelflow.training.config import RunConfig, TrainConfig
 
 FORMAT = 1
 SHARD = 64
@@ -41,14 +43,16 @@ OPEN = 256
 """Shards kept open."""
 
 
-class Prepared(NamedTuple):
-    """A sample as it is written."""
+@dataclass(frozen=True)
+class Prepared:
+    """A sample as it is written. more: further tensors, as they are."""
 
     key: str
     captions: tuple[str, ...]
     aspect: str
     mean: Tensor
     std: Tensor | None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Entry(NamedTuple):
@@ -88,6 +92,7 @@ def write_shard(
     for index, sample in enumerate(samples):
         if sample.std is not None:
             tensors[f"{index}.std"] = sample.std.to(torch.bfloat16).contiguous()
+        tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in sample.more.items()}
     tensors |= {f"text.{text_hash(prompt)}": states.contiguous() for prompt, states in texts.items()}
     about = [
         {"key": sample.key, "captions": sample.captions, "aspect": sample.aspect, "shape": list(sample.mean.shape)} for sample in samples
@@ -172,6 +177,14 @@ class PreparedLatents:
         names = ("source", "target") if entry.edit else ("latents",)
         return torch.cat([file.get_slice(name)[entry.row : entry.row + 1, part].float() for name in names]), None
 
+    def tensor(self, entry: Entry, name: str) -> Tensor:
+        """A further tensor of a clip, float32. Raises ValueError where it was not prepared."""
+        assert entry.file is not None
+        try:
+            return self._file(entry.file).get_tensor(f"{entry.row}.{name}").float()
+        except SafetensorError:
+            raise ValueError(f"{entry.file}: was not prepared for this family of models; prepare the data anew in another folder") from None
+
     @property
     def has_texts(self) -> bool:
         return bool(self._texts)
@@ -194,18 +207,19 @@ def _older(path: Path, file: Any) -> list[Entry]:
     return [Entry(f"{path.name}/{row}", tuple(words), "1:1", shape[1], edit, path, row) for row, words in enumerate(captions)]
 
 
-def claim(folder: Path, config: TrainConfig, parts: Sequence[str]) -> None:
+def claim(folder: Path, config: RunConfig, seen: Mapping[str, Any], parts: Sequence[str]) -> None:
     """Note in the folder what is prepared there, or compare with what was.
+
+    Args:
+        seen: what makes the model see clips as it does.
 
     Raises:
         ValueError: it holds latents of another codec, configuration or data.
     """
     assert config.data is not None
     data = config.data.model_dump(mode="json", exclude={"folder", "shards", "workers", "prefetch", "max_failed_share", "cache"})
-    told = _seen_by(config) | {f"data.{key}": value for key, value in data.items() if value is not None}
+    told = {**seen, **{f"data.{key}": value for key, value in data.items() if value is not None}}
     told |= {"about.frames": config.about.frames, "seed": config.seed, "precision": config.precision}
-    if config.data.text_states:
-        told |= {"text": str(config.text), "about.prompt": config.about.prompt.model_dump(), "flow.noise_std": config.flow.noise_std}
     told |= {"clips": sha256("\n".join(parts).encode()).hexdigest()[:16]}
     path = folder / MANIFEST
     if path.exists():
@@ -218,14 +232,14 @@ def claim(folder: Path, config: TrainConfig, parts: Sequence[str]) -> None:
         partial.write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def require_fit(folder: Path, config: TrainConfig) -> None:
+def require_fit(folder: Path, seen: Mapping[str, Any]) -> None:
     """Raise ValueError where latents were prepared for another codec, size, rate or choice of aspects."""
     if (folder / MANIFEST).exists():
-        _compare(folder, json.loads(json.dumps(_seen_by(config))), all_of_it=False)
+        _compare(folder, json.loads(json.dumps(seen)), all_of_it=False)
 
 
-def _seen_by(config: TrainConfig) -> dict[str, Any]:
-    """What makes a model see clips as it does."""
+def seen_by(config: TrainConfig) -> dict[str, Any]:
+    """What makes a flow see clips as it does."""
     about = config.about
     told = {"about.size": about.size, "about.fps": about.fps, "about.prompt.aspect": about.prompt.aspect}
     return told | {"codec": fingerprint(config.vae)}

@@ -1,4 +1,4 @@
-"""The training loop: exact NLL and flow-score matching from one backward pass.
+"""The training loop, of whatever objective: exact NLL and flow-score matching (`flow`), or diffusion (`svd`).
 
 On one device, or on as many as torchrun starts processes: every rank takes its rows of each batch (`parallel`). On a busy CPU,
 as many ranks of one thread as there are cores are faster than one process with as many threads.
@@ -9,60 +9,49 @@ row), so a run that is killed and started again is bit-identical to one that nev
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from reelflow.adapters.checkpoint import read_weights, require_match
-from reelflow.adapters.hub import resolve
-from reelflow.adapters.text import TextEncoder
-from reelflow.flow import StarFlow
+from reelflow.adapters.checkpoint import require_match
 from reelflow.training import parallel
-from reelflow.training.adapter import add_adapters, fill_adapters
-from reelflow.training.checkpoints import Checkpoints, read_into, step_of
-from reelflow.training.config import TextConfig, TrainConfig
-from reelflow.training.feed import Feed, Rows, Source
-from reelflow.training.loss import nll, noise_weight, score_loss, score_target
+from reelflow.training.checkpoints import Checkpoints, step_of
+from reelflow.training.config import RunConfig
+from reelflow.training.feed import Source
+from reelflow.training.objective import Objective
 from reelflow.training.optimizers import Optimizers
 from reelflow.training.parallel import Ranks
 from reelflow.training.progress import Log, Meter
 
+Trained = TypeVar("Trained", bound=Objective)
 
-class Trainer:
+
+class Trainer(Generic[Trained]):
     """Owns weights, optimisers, averages and the folder of one run.
 
     Args:
         source: gives the batch of a step.
-        text: the text encoder; its weights are trained if `config.text` describes a new one, or `config.train_text` says so.
+        objective: which weights are trained, and their loss.
         folder: checkpoints and log go there; the latest checkpoint is resumed.
         ranks: this process among those of the run, see `parallel.join`; None: it is alone.
 
     Raises:
-        ValueError: weights to start from, or a checkpoint, that do not fit; batches too small to be split.
+        ValueError: a checkpoint that does not fit; batches too small to be split.
     """
 
-    def __init__(self, config: TrainConfig, source: Source, text: TextEncoder, folder: Path, ranks: Ranks | None = None):
-        torch.manual_seed(config.seed)
-        self.config, self.text, self.folder = config, text, folder
+    def __init__(self, config: RunConfig, source: Source, objective: Trained, folder: Path, ranks: Ranks | None = None):
+        self.config, self.objective, self.folder = config, objective, folder
         self.ranks = ranks or Ranks(torch.device(config.device))
         self.device = self.ranks.device
-        train_text = config.train_text or isinstance(config.text, TextConfig)
-        text.model.to(self.device).requires_grad_(train_text)
-        self.flow = new_flow(config, self.ranks)
-        named = {f"flow.{name}": p for name, p in self.flow.named_parameters()}
-        if train_text:
-            named |= {f"text.{name}": p for name, p in text.model.named_parameters()}
-        self.weights: dict[str, nn.Parameter] = {name: p for name, p in named.items() if p.requires_grad}
+        self.weights = objective.weights
         self.average = {name: p.detach().clone() for name, p in self.weights.items()} if config.ema else {}
-        self.optimizers = Optimizers(config, self.weights)
-        self.feed = Feed(config, source, self.ranks.rank, self.ranks.count, pin=self.device.type == "cuda")
-        self.meter = Meter(config, self.device, self.ranks.count)
+        self.optimizers = Optimizers(config, self.weights, objective.matrices)
+        self.feed = objective.feed(source)
+        self.meter = Meter(config, self.device, self.ranks.count, objective.losses)
         self.step = self.skipped = 0
         if self.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +61,8 @@ class Trainer:
         if found := self.checkpoints.find():
             self.restore(found)
 
-    def precision(self) -> torch.autocast | nullcontext[None]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext()
-
     def train_step(self) -> dict[str, float]:
-        """One update of flow, text encoder and denoiser. Returns loss (nats per value), score_loss, grad_norm, of all ranks.
+        """One update of all weights. Returns the losses and grad_norm, of all ranks.
 
         Raises:
             ValueError: the loss is not finite; on all ranks, with the weights as they were before the step.
@@ -87,54 +73,29 @@ class Trainer:
 
     def _train_step(self) -> dict[str, float]:
         config, parts = self.config, self.feed(self.step)
-        losses = torch.stack([self._backward(rows) for rows in parts]).sum(0)
+        losses = torch.stack([self.objective.backward(rows, self.step) for rows in parts]).sum(0)
         self.ranks.average([p.grad for p in self.weights.values() if p.grad is not None and parallel.local(p) is p])
         norm, denoiser_norm = (
-            parallel.total_norm(p.grad for p in some if p.grad is not None) for some in (self.optimizers.flow, self.optimizers.denoiser)
+            parallel.total_norm(p.grad for p in some if p.grad is not None) for some in (self.optimizers.main, self.optimizers.denoiser)
         )
-        loss, score = self.ranks.mean(losses).tolist()
-        found = {"loss": loss, "score_loss": score, "grad_norm": norm.item()}
+        found = dict(zip(self.objective.losses, self.ranks.mean(losses).tolist(), strict=True)) | {"grad_norm": norm.item()}
         denoiser_size = denoiser_norm.item()
         if not all(map(math.isfinite, (*found.values(), denoiser_size))):
             self.optimizers.forget()
-            raise ValueError(
-                f"step {self.step}: loss {loss}, denoiser's loss {score}, gradient norm {found['grad_norm']}: not finite; lower lr or use "
-                "precision=float32"
-            )
+            words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items())
+            raise ValueError(f"step {self.step}: {words}: not finite; lower lr or use precision=float32")
         skip = config.grad_skip and self.step >= 100 and found["grad_norm"] > config.grad_clip
         self.skipped += skip
         if not skip:
-            scale_down(self.optimizers.flow, found["grad_norm"] / config.grad_clip)
+            scale_down(self.optimizers.main, found["grad_norm"] / config.grad_clip)
             scale_down(self.optimizers.denoiser, denoiser_size / config.grad_clip)
             self.optimizers.step(self.step)
         self.optimizers.forget()
         self.follow()
-        shape = torch.Size((round(len(parts[0].prompts) / parts[0].share), *parts[0].x.shape[1:]))
-        self.meter.add(found, shape, self.denoiser_learns)
+        shape = torch.Size((round(len(parts[0].x) / parts[0].share), *parts[0].x.shape[1:]))
+        self.meter.add(found, *self.objective.work(shape, self.step))
         self.step += 1
         return found
-
-    @property
-    def denoiser_learns(self) -> bool:
-        return bool(self.optimizers.denoiser) and self.config.stage(self.step).denoiser
-
-    def _backward(self, rows: Rows) -> Tensor:
-        """Gradients of some rows. Returns their share of the flow's and the denoiser's loss, times the number of ranks."""
-        denoise = self.denoiser_learns
-        x = rows.x.to(self.device, non_blocking=True).requires_grad_(denoise)
-        share, noise_std_B = rows.share * self.ranks.count, rows.noise_std_B.to(self.device)
-        weight_B = noise_weight(noise_std_B, self.config.about.prompt.noise) * (share / len(x))
-        with self.precision():
-            states = self.text.states(rows.prompts) if self.flow.config.text_tokens else None
-            nll_B = nll(self.flow, x, states)
-        (weight_B * nll_B).sum().backward()
-        score = torch.zeros((), device=self.device)
-        if denoise:
-            assert x.grad is not None
-            with self.precision():
-                score = score_loss(self.flow, x, score_target(x.grad, noise_std_B, weight_B), states)
-            (share * score).backward()
-        return torch.stack((share * nll_B.detach().mean(), share * score.detach()))
 
     def follow(self) -> None:
         """Move the averages towards the weights; the first step is taken over as it is."""
@@ -144,7 +105,9 @@ class Trainer:
             torch._foreach_lerp_(average, weights, 1 - self.config.ema if self.step else 1.0)
 
     def run(
-        self, on_log: Callable[[dict[str, Any]], None] = lambda row: None, on_sample: Callable[[Trainer], None] = lambda trainer: None
+        self,
+        on_log: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_sample: Callable[[Trainer[Trained]], None] = lambda trainer: None,
     ) -> None:
         """Train to the last step, logging a JSON line per `log_every` steps, saving and sampling as the configuration says.
 
@@ -162,7 +125,7 @@ class Trainer:
                 while self.step < config.steps:
                     self.train_step()
                     if self.step % config.log_every == 0 or self.step == config.steps:
-                        row = self.meter.row(self.step, self.skipped, self.feed.waited)
+                        row = self.meter.row(self.step, self.skipped, self.feed.waited, self.objective.explain)
                         if self.log:
                             self.log.write(row)
                             on_log(row)
@@ -212,40 +175,6 @@ class Trainer:
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights by name, or the weights themselves where no average is kept; sharded as they are."""
         return self.average or {name: p.detach() for name, p in self.weights.items()}
-
-    def averaged_text(self) -> TextEncoder:
-        """The text encoder with averaged weights, a copy on the CPU."""
-        text, values = copy.copy(self.text), self.averaged()
-        text.model = copy.deepcopy(self.text.model).cpu().requires_grad_(False)
-        for name, p in text.model.named_parameters():
-            if f"text.{name}" in values:
-                p.copy_(values[f"text.{name}"])
-        return text
-
-
-def new_flow(config: TrainConfig, ranks: Ranks) -> StarFlow:
-    """The flow to train, on its device, sharded and with adapters as configured: untrained, or with the weights of `init`."""
-    with torch.device("meta" if config.init else ranks.device):
-        flow = StarFlow(config.flow).train()
-    if config.lora:
-        if config.precision == "bfloat16":
-            flow.set_precision(torch.bfloat16)  # of weights that stay as they are, which is how they run anyway
-        add_adapters(flow, config.lora)
-    if ranks.mesh is not None:
-        parallel.shard(flow, config, ranks.mesh)
-    if config.init:
-        folder = resolve(config.init) / "transformer"
-        flow.to_empty(device="cpu" if config.offload else ranks.device)
-        state = {name.replace(".base_layer", ""): p.detach() for name, p in flow.named_parameters() if ".lora_" not in name}
-        weights = read_weights(folder)
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        require_match({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, str(folder))
-        read_into(folder, state, ranks)
-        if config.lora:
-            fill_adapters(flow, config.seed)
-    parallel.prepare_layers(flow, config)
-    return flow
-
 
 def scale_down(parameters: list[nn.Parameter], times: float) -> None:
     """Divide the gradients by `times` where that makes them smaller."""
