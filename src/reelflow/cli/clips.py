@@ -71,7 +71,7 @@ def animate(
         check_length(length.seconds, length.frames)
         job.settle(prompt or f"animated {Path(image).stem}", options.seed)
         first = picture(image)
-        clip = job.load(seconds=length.seconds, frames=length.frames).animate(
+        clip = job.load(seconds=length.seconds, frames=length.frames, task="animate").animate(
             first, prompt, seed=job.seed, seconds=length.seconds, frames=length.frames, sampling=job.sampling, progress=job.report,
             **job.more,
         )  # fmt: skip
@@ -97,7 +97,7 @@ def edit(
         spoken(prompt, "edit")
         job.settle(prompt, options.seed)
         source = job.read(video, part)
-        clip = job.load().edit(source, prompt, seed=job.seed, sampling=job.sampling, progress=job.report)
+        clip = job.load(task="edit").edit(source, prompt, seed=job.seed, sampling=job.sampling, progress=job.report)
         job.write(clip)
     job.tell(clip)
 
@@ -122,7 +122,9 @@ def extend(
         check_length(seconds, None)
         job.settle(prompt or f"extended {Path(video).stem}", options.seed)
         source = job.read(video, part)
-        clip = job.load().extend(source, prompt, seconds=seconds, seed=job.seed, sampling=job.sampling, progress=job.report, **job.more)
+        clip = job.load(seconds=seconds, task="extend").extend(
+            source, prompt, seconds=seconds, seed=job.seed, sampling=job.sampling, progress=job.report, **job.more
+        )
         job.write(clip)
     job.tell(clip)
 

@@ -125,6 +125,10 @@ class ClipJob(Job):
         from reelflow.pipelines.svd import SvdPipeline
 
         options, diffusing = self.options, self.diffusing
+        if isinstance(options, Making) and options.memory_budget is not None:
+            from reelflow.pipelines.budget import parse
+
+            parse(options.memory_budget)
         self.seed, flows = new_seed(seed), sampling(options)
         diffuses = diffusion(getattr(options, "guidance", None), diffusing)
         self.more = {name: value for name, value in (("size", size(diffusing.size)), ("first", getattr(diffusing, "first", None))) if value}

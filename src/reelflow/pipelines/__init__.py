@@ -29,7 +29,7 @@ def load(
             that is fast, else float32 (see `adapters.precision`).
         memory_budget: "24GB", "800MiB": of the device. Flows only: the best way of running that keeps within it is chosen before
             anything is loaded, said in a warning, and stored in every clip. What does not fit stays in the host's memory.
-        clip: what the budget is for, by default a clip of the trained length.
+        clip: what the budget is for, by default a clip of the trained length from a prompt; see `pipelines.loading.Asked`.
 
     Raises:
         ValueError: unknown model, missing or unfitting files, a family that is not here, a number of processes that cannot
@@ -38,9 +38,12 @@ def load(
     from reelflow.adapters.hub import resolve
     from reelflow.adapters.precision import PRECISIONS, QUANTISED
     from reelflow.adapters.torchrun import join
-    from reelflow.pipelines.budget import parse
 
-    budget = None if memory_budget is None else parse(memory_budget)
+    budget = None
+    if memory_budget is not None:
+        from reelflow.pipelines.budget import parse
+
+        budget = parse(memory_budget)
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     place = resolve(source, half=precision not in FULL)

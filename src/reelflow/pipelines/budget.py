@@ -8,17 +8,17 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from math import inf
 from typing import Any
 
 import torch
-from torch import nn
 
 from reelflow.adapters.precision import QUANTISED, quantiser, settle
 from reelflow.adapters.text import TextEncoder
 from reelflow.adapters.vae import Codec
-from reelflow.flow import KVCache, StarFlow
+from reelflow.flow import StarFlow
 from reelflow.pipelines.account import Account, Way, Wish
-from reelflow.pipelines.offload import ByteCache, HostCache, Parts, stream_layers
+from reelflow.pipelines.offload import CACHES, DEEP_LAYERS, Parts, stream_layers
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -35,19 +35,21 @@ def parse(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]+)", text.strip())
     size = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0.0
-    if size < 1:
+    if not 1 <= size < inf:
         raise ValueError(f"memory budget {text!r} is not usable; give a number above 0 with its unit: 24GB, 23.5GiB, 800MB")
     return int(size)
 
 
 def words(size: float) -> str:
-    """Bytes to read, rounded up.
+    """Bytes to read, rounded up to three digits.
 
     Example:
-        >>> words(11_720_000_000), words(640_100_000)
-        ('11.8GB', '641MB')
+        >>> words(11_720_000_000), words(24_000_000_000), words(640_100_000)
+        ('11.8GB', '24GB', '641MB')
     """
-    return f"{-(-size // 10**8) / 10:g}GB" if size >= 10**9 else f"{-(-size // 10**6):g}MB"
+    unit = 10 ** max(6, len(str(int(size))) - 3)
+    rounded = -(-int(size) // unit) * unit
+    return f"{rounded / 10**9:g}GB" if rounded >= 10**9 else f"{rounded / 10**6:g}MB"
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,14 @@ class Plan:
         if need > self.budget:
             raise ValueError(
                 f"memory budget {words(self.budget)}: {self.account.clip(wish)} needs {words(need)} as the model was loaded; "
-                "give that, a shorter clip, or guidance 0"
+                f"give that, or a shorter clip{', or guidance 0' if wish.guidance else ''}"
             )
 
     def __str__(self) -> str:
-        way, account = self.way, self.account
-        parts = [f"{way.precision}" + (" (approximate)" if way.precision in QUANTISED else "")]
-        parts += ["cache in 8 bits (approximate)"] * (way.cache == "bytes")
-        away = " and ".join(["layers"] * (way.layers == "host") + ["cache"] * (way.cache == "host"))
-        if away:
-            parts.append(f"{away} in the host's memory, up to {words(account.moved(way, self.wish))} to the device in each pass")
-        parts += ["each part on the device only while it is used"] * way.turns + ["codec in bfloat16"] * (way.codec == "bfloat16")
-        host = account.host(way, self.wish) if account.device != "cpu" else 0
-        tail = f" and {words(host)} of the host's memory" if host else ""
-        return f"memory: {', '.join(parts)}; {words(self.need)} of {words(self.budget)}{tail}"
+        way, account, wish = self.way, self.account, self.wish
+        host = f" and {words(account.host(way, wish))} of the host's memory" if account.device != "cpu" else ""
+        moved = f", up to {words(account.moved(way, wish))} to the device in each pass" if account.moved(way, wish) else ""
+        return f"memory: {way}{moved}; {words(self.need)} of {words(self.budget)}{host}"
 
     def about(self) -> dict[str, Any]:
         """For the metadata: budget, what was counted in each stage, and the way."""
@@ -96,47 +92,65 @@ class Plan:
         """Has parts of the model on the device while they are used: flow, denoiser, codec, text."""
         if not self.way.turns:
             return lambda *parts: nullcontext()
-        deep = [flow.deep_block] if self.way.layers == "device" else []  # the rest of it is small, and stays
-        parts: dict[str, list[nn.Module]] = {"flow": [*deep, flow.shallow_blocks], "codec": [codec.vae]}
-        parts |= {"denoiser": [flow.denoiser]} if flow.denoiser is not None else {}
-        parts |= {"text": [text.model]} if text is not None else {}
-        return Parts(device, parts).use
+        but = ("denoiser.", *((DEEP_LAYERS,) if self.way.layers == "host" else ()))
+        parts = {"flow": (flow, but), "denoiser": (flow.denoiser, ()), "codec": (codec.vae, ()), "text": (text and text.model, ())}
+        return Parts(device, {name: part for name, part in parts.items() if part[0] is not None}).use
 
     def settle(self, flow: StarFlow, device: torch.device) -> None:
         """Give the loaded flow its cache, and keep its layers where the way says."""
         block = flow.deep_block
-        block.cache = {"whole": KVCache, "bytes": ByteCache, "host": HostCache}[self.way.cache]
+        block.cache = CACHES[self.way.cache]
         block.recorded = self.way.cache != "host"
         if self.way.layers == "host":
             stream_layers(block, device)
 
 
-def choose(account: Account, wish: Wish, budget: int, precision: str, device: torch.device, flow: StarFlow, host: int | None) -> Plan:
-    """The first way in the order of `ways` that fits.
+def choose(account: Account, wish: Wish, budget: int, found: list[Way], host: int | None) -> Plan:
+    """The first of the ways that fits.
 
     Args:
         budget: bytes of the device.
-        precision: as asked; "auto" leaves it open.
-        flow: on `meta`.
+        found: in the order of `ways`.
         host: bytes of the host's memory, where another device keeps what does not fit; None: not known, as much as it takes.
 
     Raises:
         ValueError: nothing fits; says the least that does.
     """
-    base = settle(precision, device, sum(p.numel() for p in flow.parameters()))
-    possible = [way for way in ways(base, precision == "auto", device.type, wish) if _possible(way, flow, device)]
-    held = [way for way in possible if device.type == "cpu" or host is None or account.host(way, wish) <= host]
+    held = [way for way in found if account.device == "cpu" or host is None or account.host(way, wish) <= host]
     for way in held:
         if account.need(way, wish) <= budget:
             return Plan(account, budget, way, wish)
-    least = min(held or possible, key=lambda way: account.need(way, wish))
+    least = min(held or found, key=lambda way: account.need(way, wish))
     there = words(account.need(least, wish)) + (f" and {words(account.host(least, wish))} of the host's memory" if not held else "")
-    other = "" if precision == "auto" else ", or another precision"
-    other += "" if find_spec("torchao") else ", or install what makes it smaller: pip install 'reelflow[quantize]'"
+    other = ["a shorter clip"] + ["guidance 0"] * wish.guidance + ["another precision"] * (len({way.precision for way in found}) == 1)
+    tool = "" if find_spec("torchao") else "; smaller with torchao: pip install 'reelflow[quantize]'"
     raise ValueError(
         f"memory budget {words(budget)} is too small: {account.clip(wish)} needs at least {there} in {least.precision}; "
-        f"give that, a shorter clip, guidance 0{other}"
+        f"give that, or {', or '.join(other)}{tool}"
     )
+
+
+def possible(precision: str, device: torch.device, flow: StarFlow, wish: Wish) -> list[Way]:
+    """The ways that this machine, and this model, can; `flow` is on `meta`, a precision of "auto" leaves it open.
+
+    Raises:
+        ValueError: a precision that they cannot.
+    """
+    base = settle(precision, device, sum(p.numel() for p in flow.parameters()))
+    quantiser(flow, base, device)
+    return [way for way in ways(base, precision == "auto", device.type, wish) if _can(way, flow, device, wish)]
+
+
+def _can(way: Way, flow: StarFlow, device: torch.device, wish: Wish) -> bool:
+    gradient = flow.denoiser is None and wish.denoise  # a Tweedie step, which needs the layers again on its way back
+    if way.layers == "host" and (gradient or not find_spec("accelerate")):
+        return False
+    try:
+        settle(way.precision, device, 0)
+        quantiser(flow, way.precision, device)
+    except ValueError:
+        return False
+    return True
 
 
 def ways(base: str, free: bool, device: str, wish: Wish) -> Iterator[Way]:
@@ -163,16 +177,4 @@ def ways(base: str, free: bool, device: str, wish: Wish) -> Iterator[Way]:
         yield vary(turned[-1], "bfloat16")
 
 
-def _possible(way: Way, flow: StarFlow, device: torch.device) -> bool:
-    """Whether this machine, and this model, can."""
-    if way.layers == "host" and not find_spec("accelerate"):
-        return False
-    try:
-        settle(way.precision, device, 0)
-        quantiser(flow, way.precision, device)
-    except ValueError:
-        return False
-    return True
-
-
-__all__ = ["Plan", "choose", "parse", "ways", "words"]
+__all__ = ["Plan", "choose", "parse", "possible", "ways", "words"]

@@ -16,20 +16,26 @@ from reelflow.adapters.hub import part_folder
 from reelflow.adapters.precision import QUANTISED, compute_dtype, quantiser, settle
 from reelflow.adapters.text import load_text_encoder, text_shapes
 from reelflow.adapters.torchrun import ranks
-from reelflow.adapters.vae import load_codec
+from reelflow.adapters.vae import Codec, load_codec
 from reelflow.config import FlowConfig, ModelConfig
 from reelflow.flow import StarFlow
 from reelflow.pipelines.base import Device, say
 from reelflow.pipelines.framing import Framing
-from reelflow.pipelines.offload import host_memory
+from reelflow.pipelines.offload import DEEP_LAYERS, host_memory
+from reelflow.sampling import default_context
 
 if TYPE_CHECKING:
     from reelflow.pipelines.budget import Plan
+    from reelflow.pipelines.trial import Wish
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The clip that a memory budget is for, as `generate` takes it; by default the trained length with the model's own guidance."""
+    """The clip that a memory budget is for, as the pipeline's methods take it; by default one of the trained length from a prompt,
+    with the model's own guidance.
+
+    task: generate, animate, edit or extend; to edit or extend, the longest video that the model reads.
+    """
 
     seconds: float | None = None
     frames: int | None = None
@@ -39,6 +45,20 @@ class Asked:
     ring: bool = False
     denoise: bool = True
     certify: bool = False
+    task: str = "generate"
+
+    def wish(self, about: ModelConfig, config: FlowConfig, codec: Codec) -> Wish:
+        """Raises ValueError for a length or an aspect that the model does not make."""
+        from reelflow.pipelines.trial import Wish
+
+        framing, guidance = Framing(about, codec), about.guidance if self.guidance is None else self.guidance
+        frames, height, width = codec.latent_shape(framing.length(self.seconds, self.frames), *framing.frame_size(self.aspect))
+        given = {"animate": 1, "edit": frames, "extend": min(frames, default_context(config.window))}.get(self.task, 0)
+        frames, window = (2 * frames, 2 * frames) if self.task == "edit" else (frames, None)
+        return Wish(
+            frames, height, width, bool(guidance and config.text_tokens), given=given, window=window, stream=self.stream, ring=self.ring,
+            denoise=self.denoise, certify=self.certify,
+        )  # fmt: skip
 
 
 def load_parts(source: Path, device: Device, precision: str, budget: int | None, asked: Asked) -> dict[str, Any]:
@@ -65,12 +85,12 @@ def load_parts(source: Path, device: Device, precision: str, budget: int | None,
         raise ValueError(f"{precision if budget is None else 'a memory budget'} is for one process; under torchrun use float32 or bfloat16")
     plan = _plan(about, flow, vae, texts, device, precision, budget, asked) if budget is not None else None
     precision = plan.way.precision if plan else settle(precision, device, sum(p.numel() for p in flow.parameters()))
-    turns, far = plan is not None and plan.way.turns, plan is not None and plan.way.layers == "host"
-    rest = torch.device("cpu") if turns else device
+    far = plan is not None and plan.way.layers == "host"
+    rest = torch.device("cpu") if plan and plan.way.turns else device
     place = device if precision in QUANTISED else rest  # a device packs what it is going to compute with
 
     flow.set_precision(compute_dtype(precision))
-    where = lambda name: "cpu" if far and name.startswith("deep_block.layers.") else place  # noqa: E731
+    where = lambda name: "cpu" if far and name.startswith(DEEP_LAYERS) else place  # noqa: E731
     load_into(flow, weights, where, "declared", after=quantiser(flow, precision, device))
     flow.share(together)
     codec = load_codec(vae, about.latent_scale, rest, getattr(torch, plan.way.codec) if plan else torch.float32)
@@ -84,18 +104,13 @@ def _plan(
     about: ModelConfig, flow: StarFlow, vae: Path, texts: list[Path], device: torch.device, precision: str, budget: int, asked: Asked
 ) -> Plan:
     """The way to run it within the budget, said in one line. Raises ValueError where there is none."""
-    from reelflow.pipelines.account import Account, Wish
-    from reelflow.pipelines.budget import choose
+    from reelflow.pipelines.account import Account
+    from reelflow.pipelines.budget import choose, possible
 
     codec = load_codec(vae, about.latent_scale, "meta")
-    framing, guidance = Framing(about, codec), about.guidance if asked.guidance is None else asked.guidance
-    size = framing.frame_size(asked.aspect)
-    wish = Wish(
-        *codec.latent_shape(framing.length(asked.seconds, asked.frames), *size), guidance=bool(guidance and texts), stream=asked.stream,
-        ring=asked.ring, denoise=asked.denoise, certify=asked.certify,
-    )  # fmt: skip
     account = Account(flow.config, codec, text_shapes(texts[0]) if texts else None, device.type)
-    plan = choose(account, wish, budget, precision, device, flow, host_memory())
+    wish = asked.wish(about, flow.config, codec)
+    plan = choose(account, wish, budget, possible(precision, device, flow, wish), host_memory())
     say(str(plan))
     return plan
 

@@ -19,6 +19,9 @@ from reelflow.flow import KVCache
 from reelflow.flow.attention import Attend
 from reelflow.flow.block import FlowBlock
 
+DEEP_LAYERS = "deep_block.layers."
+"""What the names of the deep block's layers begin with."""
+
 
 def host_memory() -> int | None:
     """Bytes of this machine, or of the control group that limits this process; None where the system does not say."""
@@ -41,16 +44,18 @@ class ByteCache(KVCache):
         super().__init__(layers, rows, heads, slots, head_dim, torch.int8, device)
         self.dtype = dtype
         self.scales = torch.zeros(2, layers, rows, slots, heads, 1, dtype=dtype, device=device)
+        self.near = torch.empty(2, rows, slots, heads, head_dim, dtype=dtype, device=device)
+        """Keys and values of the layer at work."""
 
     def write(self, layer: int, index: Tensor, new: tuple[Tensor, Tensor], used: int) -> tuple[Tensor, Tensor]:
-        found = []
-        for store, scales, new_BHnD in zip((self.keys[layer], self.values[layer]), self.scales[:, layer], new, strict=True):
+        both = self.keys[layer], self.values[layer]
+        for near, store, scales, new_BHnD in zip(self.near, both, self.scales[:, layer], new, strict=True):
             rows = new_BHnD.transpose(1, 2).flatten(0, 1)
             scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(scales.dtype).tiny).to(scales.dtype)
             store.flatten(0, 1).index_copy_(0, index, (rows.float() / scale.float()).round().clamp(-127, 127).to(torch.int8))
             scales.flatten(0, 1).index_copy_(0, index, scale)
-            found.append((store[:, :used] * scales[:, :used]).transpose(1, 2))
-        return found[0], found[1]
+            torch.mul(store[:, :used], scales[:, :used], out=near[:, :used])
+        return self.near[0][:, :used].transpose(1, 2), self.near[1][:, :used].transpose(1, 2)
 
 
 class HostCache(KVCache):
@@ -92,6 +97,9 @@ class HostCache(KVCache):
                     row[: self.used].copy_(kept[: self.used], non_blocking=True)
 
 
+CACHES: dict[str, type[KVCache]] = {"whole": KVCache, "bytes": ByteCache, "host": HostCache}
+
+
 class Stack(nn.Module):
     """A block's layers, run by one `forward`, as diffusers' group offloading expects them."""
 
@@ -116,8 +124,10 @@ def stream_layers(block: FlowBlock, device: torch.device) -> None:
 
     if not is_accelerate_available():
         raise ValueError("layers in the host's memory need accelerate; install it with: pip install 'reelflow[quantize]'")
-    stack = Stack(block.layers)
-    apply_group_offloading(stack, device, torch.device("cpu"), "leaf_level", use_stream=device.type == "cuda")
+    stack, cuda = Stack(block.layers), device.type == "cuda"
+    for weight in stack.parameters() if cuda else ():  # one by one, for diffusers would have all of them twice meanwhile
+        weight.data = weight.data.pin_memory()
+    apply_group_offloading(stack, device, torch.device("cpu"), "leaf_level", use_stream=cuda)
     object.__setattr__(block, "run", stack)  # not as a module of the block, whose weights keep their names
     block.recorded = False
 
@@ -126,25 +136,34 @@ class Parts:
     """A model's parts, each on the device only while it is used.
 
     Args:
-        parts: name → modules.
+        parts: name → a module, and what the names of those of its tensors begin with that are no part of it.
     """
 
-    def __init__(self, device: torch.device, parts: dict[str, list[nn.Module]]):
+    def __init__(self, device: torch.device, parts: dict[str, tuple[nn.Module, tuple[str, ...]]]):
         self.device, self.parts = device, parts
+        for module, _ in parts.values():
+            module.to("cpu")
 
     @contextmanager
     def use(self, *names: str) -> Iterator[None]:
         """Have these parts on the device."""
-        modules = [module for name in names for module in self.parts.get(name, ())]
+        homes = [(module, _tensors(module, but)) for module, but in (self.parts[name] for name in names if name in self.parts)]
         try:
-            for module in modules:
-                module.to(self.device)
+            for module, home in homes:
+                near = {key: x.to(self.device) for key, x in {id(x): x for x in home.values()}.items()}  # what is shared, once
+                module.load_state_dict({name: near[id(x)] for name, x in home.items()}, strict=False, assign=True)
+                del near
             yield
         finally:
-            for module in modules:
-                module.to("cpu")
+            for module, home in homes:  # nothing is copied back
+                module.load_state_dict(home, strict=False, assign=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-__all__ = ["ByteCache", "HostCache", "Parts", "host_memory", "stream_layers"]
+def _tensors(module: nn.Module, but: tuple[str, ...]) -> dict[str, Tensor]:
+    both = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: x for name, x in both if not name.startswith(but)}
+
+
+__all__ = ["CACHES", "DEEP_LAYERS", "ByteCache", "HostCache", "Parts", "host_memory", "stream_layers"]

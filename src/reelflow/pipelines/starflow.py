@@ -109,7 +109,7 @@ class StarFlowPipeline(Pipeline):
         return made | ({"memory": self.plan.about()} if self.plan else {})
 
     def _check(self, latents_BFChw: Tensor, guidance: float = 0.0, sampling: Sampling = Sampling(), **wish: Any) -> None:
-        """Raise ValueError where a clip of these latents does not fit the memory budget; `wish`: see `account.Wish`."""
+        """Raise ValueError where a clip of these latents does not fit the memory budget; `wish`: see `trial.Wish`."""
         if self.plan:
             wish |= {name: getattr(sampling, name) for name in ("ring", "denoise", "certify")}
             self.plan.check(tuple(latents_BFChw.shape), guidance, **wish)
