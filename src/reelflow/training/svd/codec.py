@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelflow.training.svd.blocks import activation, enlarged, normed, over_time, residual, spatial_residual, time_convolution, tokens
+from reelflow.training.svd.blocks import (
+    activation,
+    enlarged,
+    normed,
+    over_time,
+    residual,
+    scaled_dot_product,
+    spatial_residual,
+    time_convolution,
+    tokens,
+)
 
 
 class TemporalPass:
@@ -58,7 +68,7 @@ def frame_attention(attention: Any, x_NCHW: Tensor) -> Tensor:
     y_NSC = tokens(normed(x_NCHW, attention.group_norm))
     layers = attention.to_q, attention.to_k, attention.to_v
     q, k, v = (layer(y_NSC).unflatten(2, (attention.heads, -1)).transpose(1, 2) for layer in layers)
-    y_NSC = attention.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    y_NSC = attention.to_out[0](scaled_dot_product(q, k, v).transpose(1, 2).flatten(2))
     return x_NCHW + y_NSC.unflatten(1, x_NCHW.shape[2:]).permute(0, 3, 1, 2)
 
 
