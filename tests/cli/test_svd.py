@@ -126,3 +126,18 @@ def test_models_info(run, svd_model: Path) -> None:
     assert card["parameters"] == counts | {"total": sum(counts.values())}
     assert (card["family"], card["frames"]) == ("svd", 4)
     assert run("models", "info", svd_model).code == 0
+
+
+def test_bench_svd(run, svd_model: Path, tiny_model: Path) -> None:
+    done = run("bench", "svd", "--model", svd_model, "--steps", 1, "--frames", 2, "--size", "64x64", "--json")
+    assert (done.code, done.errors) == (0, [])
+    found = json.loads(done.out)
+    assert (found["frames"], found["size"], found["steps"], set(found["rows"])) == (2, [64, 64], 1, {"reelflow"})
+    for options, words in (
+        (["--model", tiny_model], "is no Stable Video Diffusion"),
+        (["--model", svd_model, "--size", "65x64"], "nearest: 64x64"),
+        (["--model", svd_model, "--precision", "int8"], "precision 'int8': this family comes in float32 and bfloat16"),
+    ):
+        done = run("bench", "svd", *options)
+        assert (done.code, len(done.errors)) == (2, 1), done
+        assert words in done.errors[0]

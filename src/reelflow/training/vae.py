@@ -109,6 +109,8 @@ class Kind(NamedTuple):
     note: Callable[[Any, Tensor, Tensor, float], None]
     """Put the mean and standard deviation of the latents, by channel, into the VAE's configuration."""
     settings: VaeTraining
+    frames: int = CLIP
+    """Of the clips whose latents are measured for that."""
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -358,7 +360,7 @@ def main(kind: Kind = WAN) -> None:
         if trainer.config.decoder_only:
             write(trainer.averaged(), target)
         else:
-            std = sorted(export(trainer.averaged(), target, kind=kind)["std"])
+            std = sorted(export(trainer.averaged(), target, frames=kind.frames, kind=kind)["std"])
             sys.stderr.write(f"{target}: latent std from {std[0]:.3f} to {std[-1]:.3f}, median {std[len(std) // 2]:.3f}\n")
     if dist.is_initialized():
         dist.destroy_process_group()

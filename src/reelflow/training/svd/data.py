@@ -33,6 +33,7 @@ from torch import Tensor
 
 from reelflow.adapters.hub import resolve
 from reelflow.adapters.svd import CLIP_MEAN, CLIP_STD, clip_norm
+from reelflow.adapters.text import no_progress_bar
 from reelflow.data.decode import Measure, Piece, View
 from reelflow.data.failures import UnusableError
 from reelflow.data.scene import FPS, Scene
@@ -116,7 +117,8 @@ class SvdKeeper:
         else:
             self.tower, self.norm = new_image_encoder(config), (CLIP_MEAN, CLIP_STD)
             if not (config.latents / TOWER).is_dir():
-                self.tower.save_pretrained(str(config.latents / TOWER))
+                with no_progress_bar():
+                    self.tower.save_pretrained(str(config.latents / TOWER))
             self.tower.to(self.device)
         if self.tower.config.image_size != VIEW:
             raise ValueError(f"image_encoder: sees {self.tower.config.image_size} pixels; the pipeline shows it {VIEW}")

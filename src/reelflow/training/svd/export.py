@@ -66,6 +66,8 @@ def export(trainer: Trainer[SvdObjective], target: Path) -> Path:
             write_parts(config, folder)
         config.about.write(folder / "config.json")
         _write(folder / "model_index.json", {"_class_name": PIPELINE, "_diffusers_version": _version(), **PARTS})
+        for path in folder.rglob("*.safetensors"):
+            path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files for their owner alone
     return target
 
 

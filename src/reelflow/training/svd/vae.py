@@ -59,6 +59,7 @@ SVD = Kind(
     VaeTraining(
         pixels=16 * 64 * 64, shapes=((1, 64), (2, 64), (4, 64), (8, 64)), last_shapes=((1, 128), (4, 128), (14, 64)), last_share=0.35
     ),
+    frames=2,
 )  # fmt: skip
 
 if __name__ == "__main__":
