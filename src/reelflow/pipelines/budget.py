@@ -121,11 +121,11 @@ def choose(account: Account, wish: Wish, budget: int, found: list[Way], host: in
         if account.need(way, wish) <= budget:
             return Plan(account, budget, way, wish)
     least = min(held or found, key=lambda way: account.need(way, wish))
-    there = words(account.need(least, wish)) + (f" and {words(account.host(least, wish))} of the host's memory" if not held else "")
     other = ["a shorter clip"] + ["guidance 0"] * wish.guidance + ["another precision"] * (len({way.precision for way in found}) == 1)
     tool = "" if find_spec("torchao") else "; smaller with torchao: pip install 'reelflow[quantize]'"
     raise ValueError(
-        f"memory budget {words(budget)} is too small: {account.clip(wish)} needs at least {there} in {least.precision}; "
+        f"memory budget {words(budget)} is too small: {account.clip(wish)} needs at least "
+        f"{words(account.need(least, wish))} in {least.precision}; "
         f"give that, or {', or '.join(other)}{tool}"
     )
 
