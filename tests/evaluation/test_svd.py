@@ -58,28 +58,36 @@ def perfect() -> Perfect:
     return Perfect(parts)
 
 
-def measured(pipe: Perfect, spoil: str = "") -> dict[str, Any]:
-    pipe.spoil = spoil
-    return toybox_svd.run(pipe, count=16)
+def quiet(share: float) -> None:
+    pass
 
 
 def test_true_clips_get_full_marks(perfect: Perfect) -> None:
-    found = measured(perfect)
+    perfect.spoil = ""
+    found = toybox_svd.run(perfect, count=8)
     for name in ("kept", "held_out"):
-        assert found[name]["thing_kept"] >= 0.9, found[name]  # the detector sees 64 × 64 pixels
+        assert found[name]["thing_kept"] >= 0.75, found[name]  # the detector sees 64 × 64 pixels
         assert found[name]["above_28_db"] == 1
         assert found[name]["codec_psnr"] < 20, "of random weights"
     assert (found["motion_in_order"], found["fps_in_order"]) == (True, True)
     assert list(found["motion"]) == ["32", "64", "127", "190", "255"]
 
 
-@pytest.mark.parametrize("spoil", ["colour", "end", "motion"])
+@pytest.mark.parametrize("spoil", ["colour", "end"])
 def test_what_is_wrong_is_noticed(perfect: Perfect, spoil: str) -> None:
-    found = measured(perfect, spoil)
-    assert found["motion_in_order"] is (spoil != "motion")
-    assert (found["kept"]["thing_kept"] < 0.2) is (spoil != "motion")
-    assert (found["kept"]["above_28_db"] < 1) is (spoil == "colour")
-    assert (found["kept"]["colour"] < 0.2) is (spoil == "colour")
+    perfect.spoil = spoil
+    found = toybox_svd.kept(perfect, toybox_svd.pictured(8, "train"), 0, 8, USUAL, quiet)
+    assert found["thing_kept"] < 0.2
+    assert (found["above_28_db"] < 1) is (spoil == "colour")
+    assert (found["colour"] < 0.2) is (spoil == "colour")
+    assert (found["there"] < 0.2) is (spoil == "end")
+
+
+def test_motion_that_does_not_follow_is_noticed(perfect: Perfect) -> None:
+    perfect.spoil = "motion"
+    scenes = toybox_svd.pictured(4, "train")
+    slow, fast = (toybox_svd.moved(perfect, scenes, 0, 4, Diffusion(motion=motion), quiet) for motion in (32, 255))
+    assert slow == fast > 0
 
 
 def test_both_pipelines_are_timed_and_compared() -> None:

@@ -304,6 +304,8 @@ def _fit_bounces(time: np.ndarray, path: np.ndarray) -> float:
 def _fit_circle(time: np.ndarray, path: np.ndarray) -> float:
     """Sum of squares of the best even run on a circle of radius 8 to 50, at least half of it; infinity if none fits."""
     turn = 2 * np.pi / np.arange(16, min(64, 2 * (time[-1] - time[0])), 0.5)
+    if not len(turn):
+        return float("inf")
     turn = np.concatenate([turn, -turn])[:, None] * time
     cos, sin, zero, one = np.cos(turn), np.sin(turn), np.zeros_like(turn), np.ones_like(turn)
     design = np.concatenate([np.stack([one, zero, cos, -sin], -1), np.stack([zero, one, sin, cos], -1)], 1)
