@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
@@ -29,6 +30,9 @@ def new_vae(widths: tuple[int, ...] = WIDTHS, channels: int = CHANNELS) -> Autoe
         sample_size=128,
     )  # fmt: skip
     vae.quant_conv.bias.data[channels:] = -6.0  # begin with little noise: with unit noise the decoder learns to ignore the latents
+    last = vae.decoder.time_conv_out
+    last.weight.data.zero_()[:, :, 1, 0, 0] = torch.eye(3)  # and with frames as they are
+    last.bias.data.zero_()
     return vae
 
 
