@@ -75,8 +75,8 @@ def order(*found: str, turned: tuple[bool, ...]) -> list[Way]:
 def test_ways_of_a_gpu_are_in_order() -> None:
     wish = Wish(3, 4, 4, guidance=True)
     assert list(ways("bfloat16", True, "cuda", wish)) == order(
-        "bfloat16 device whole", "int8 device whole", "bfloat16 device bytes", "int8 device bytes", "int4 device bytes",
-        "bfloat16 device host", "bfloat16 host host", "int8 device host", "int4 device host", turned=(False, True),
+        "bfloat16 device whole", "bfloat16 device bytes", "int8 device whole", "int8 device bytes", "int4 device whole",
+        "int4 device bytes", "bfloat16 device host", "bfloat16 host host", "int8 device host", "int4 device host", turned=(False, True),
     )  # fmt: skip
     assert list(ways("bfloat16", False, "cuda", wish)) == order(
         "bfloat16 device whole", "bfloat16 device host", "bfloat16 host host", "bfloat16 device bytes", turned=(False, True)
@@ -89,12 +89,12 @@ def test_ways_of_a_gpu_are_in_order() -> None:
 def test_ways_of_a_cpu_keep_everything_there() -> None:
     wish = Wish(3, 4, 4, guidance=True)
     assert list(ways("float32", True, "cpu", wish)) == order(
-        "float32 device whole", "bfloat16 device whole", "int8 device whole", "float32 device bytes", "bfloat16 device bytes",
-        "int8 device bytes", "int4 device bytes", turned=(False,),
+        "float32 device whole", "float32 device bytes", "bfloat16 device whole", "bfloat16 device bytes", "int8 device whole",
+        "int8 device bytes", "int4 device whole", "int4 device bytes", turned=(False,),
     )  # fmt: skip
     ring = list(ways("bfloat16", True, "cuda", Wish(3, 4, 4, guidance=True, ring=True)))
     assert {way.cache for way in ring} == {"whole"}
-    assert {way.precision for way in ring} == {"bfloat16", "int8"}
+    assert {way.precision for way in ring} == {"bfloat16", "int8", "int4"}
 
 
 # The choice

@@ -157,17 +157,21 @@ def ways(base: str, free: bool, device: str, wish: Wish) -> Iterator[Way]:
     """Ways of running a model, the best first.
 
     What keeps everything on the device comes first, then what sends for layers or cache in every pass, which is exact but waits for
-    the bus; among each, the more exact first. An exact precision that was asked for waits for the bus before its cache loses bits.
-    Within one way, parts stay on the device if they can, then take turns, and at last the codec computes in bfloat16.
+    the bus; among each, the more exact first (on mini the cache in bytes costs half of what int8 does, int4 eight times as much:
+    `benchmarks/budget.py --errors`). An exact precision that was asked for waits for the bus before its cache loses bits. Within one
+    way, parts stay on the device if they can, then take turns, and at last the codec computes in bfloat16.
+
+    Args:
+        base: the best precision.
+        free: whether lower ones may be taken.
     """
-    lower = [name for name in ("bfloat16", "int8", "int4") if name != base] if free else []
-    names, exact = [base, *lower], base not in QUANTISED and not free
-    small = [Way(name, cache="bytes") for name in names]
-    found = [Way(name) for name in (base, *lower[:-1])] + ([] if exact else small)
+    names = [base, *(name for name in ("bfloat16", "int8", "int4") if free and name != base)]
+    exact = base not in QUANTISED and not free
+    found = [Way(name, cache=cache) for name in names for cache in ("whole", "bytes") if not (exact and cache == "bytes")]
     if device != "cpu":
         both = [Way(name, layers, "host") for name in names for layers in ("device", "host")]
         found += [way for way in both if way.layers == "device" or way.precision not in QUANTISED]
-    found += small if exact else []
+    found += [Way(base, cache="bytes")] * exact
     for way in found:
         if wish.ring and way.cache != "whole":
             continue
