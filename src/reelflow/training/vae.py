@@ -73,6 +73,8 @@ class VaeTraining(Strict):
     """Weight of the error of horizontal and vertical differences."""
     kl: float = 2e-5
     """Weight of the Kullback-Leibler term, per latent value, relative to the error per pixel value."""
+    colours: float = 0.5
+    """Share of the pieces whose colour channels are swapped and inverted at random: a codec of eight colours knows no ninth."""
     noise: float = 0.0
     """Standard deviation of noise on the latents beyond the posterior's own: what the decoder is to forgive a flow."""
     ema: float = 0.998
@@ -148,7 +150,13 @@ def batch(config: VaeTraining, step: int, rank: int = 0) -> tuple[Tensor, Tensor
         pieces.append(clip[:, top : top + size, left : left + size])
         grounds.append(rows[:, top : top + size])
     x = torch.stack(pieces)
-    return to_pixels(x), foreground(x, torch.stack(grounds)).unsqueeze(1)
+    mask = foreground(x, torch.stack(grounds)).unsqueeze(1)
+    for piece in x:
+        if rng.random() < config.colours:
+            inverted = torch.from_numpy(rng.random(3) < 0.5)
+            piece.copy_(piece[..., torch.from_numpy(rng.permutation(3))])
+            piece.copy_(torch.where(inverted, 255 - piece, piece))
+    return to_pixels(x), mask
 
 
 def loss_of(config: VaeTraining, model: Pass, x: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
