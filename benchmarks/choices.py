@@ -1,6 +1,6 @@
 """What the model side can give to the speed of sampling: variants of one flow, trained alike, measured alike.
 
-    python -m reelflow.training.latents runs/latents --vae src/reelflow/weights/mini/vae     # once
+    reelflow train prepare examples/mini.yaml                            # once
     python benchmarks/choices.py runs/choices [--variants base "noise 0.5" …] [--steps 250]
 
 Every variant is the flow of `examples/mini.yaml` with a few keys changed, trained by the trainer on the same batches in the
