@@ -18,7 +18,7 @@ from reelflow.flow.block import FlowBlock
 from reelflow.flow.parallel import Exchange, Ranks
 from reelflow.flow.rope import Rotary
 
-MASK_ROWS = 256  # tokens that are read in one pass at most, so that no mask is larger than 256 × keys
+MASK_ROWS = 256  # tokens read in one pass at most, so that no mask is larger than 256 × keys
 
 
 class Conditioner:
@@ -83,8 +83,7 @@ class Conditioner:
         return self.table and Rotary(self.table.turn[place_Bn + self.text], self.table.halves)
 
     def _run(self, hidden: Tensor, place: Tensor, used: int) -> Tensor:
-        slot, seen = self.slots(place, used)
-        rotary = self.rotary(place)
+        (slot, seen), rotary = self.slots(place, used), self.rotary(place)
         if rotary is not None:
             rotary = Rotary(self._each(rotary.turn)[:, None], rotary.halves)
         return self.block.run(hidden, rotary, self.cache.at(self._each(slot), self._each(seen)))

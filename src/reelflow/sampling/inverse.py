@@ -42,11 +42,11 @@ def sample(
     """
     size, reports = (noise_BFChw.shape[-2], noise_BFChw.shape[-1]), dict[str, Report]()
     u = torch.stack(list(deep_frames(model, noise_BFChw, texts, guidance, prefix_BFChw, reports, False, **settings)), 1)
-    schedule, progress, made, parts = settings.get("schedule", Schedule()), settings.get("progress", silent), dict[int, Shallow](), []
+    shared, made, parts = (size, settings.get("schedule", Schedule()), settings.get("progress", silent)), dict[int, Shallow](), []
     for some in u.split(settings.get("window") or model.config.window, 1):  # what a long video holds does not grow with it
         frames = some.shape[0] * some.shape[1]
-        made[frames] = shallow = made.get(frames) or Shallow(model, frames, size, schedule, progress)
-        parts.append(from_tokens(shallow(some), *size))
+        made[frames] = made.get(frames) or Shallow(model, frames, *shared)
+        parts.append(from_tokens(made[frames](some), *size))
     reports["shallow"] = sum((shallow.report for shallow in made.values()), Report())
     latents = torch.cat(parts, 1)
     return latents if prefix_BFChw is None else torch.cat((wide(prefix_BFChw), latents), 1), reports
