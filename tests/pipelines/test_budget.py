@@ -152,6 +152,13 @@ def test_what_the_host_cannot_hold_is_not_picked(large: Account) -> None:
         choose(large, LONG, device, found, host - 1)
 
 
+def test_a_stream_beyond_the_window_reads_the_next_one_meanwhile(large: Account) -> None:
+    for cache in ("whole", "bytes"):
+        way = Way("bfloat16", cache=cache)
+        once, twice = (large.cache(way, Wish(frames, 16, 16, guidance=True, stream=True))[0] for frames in (21, 22))
+        assert twice == 2 * once
+
+
 def test_a_longer_clip_than_was_planned_does_not_fit(large: Account) -> None:
     way = Way("bfloat16", cache="bytes")
     plan = Plan(large, large.need(way, LONG), way, LONG)
@@ -353,8 +360,8 @@ def passes(cache: KVCache) -> list[torch.Tensor]:
     for slot in ([[0, 1, 2], [0, 1, 2]], [[3, 4, 5], [2, 3, 4]], [[4, 5, 6], [5, 6, 7]], [[3, 4, 5], [6, 7, 8]]):
         slot_Bn = torch.tensor(slot)
         used = int(slot_Bn.max()) + 1
-        q, k, v = torch.randn(3, 2, 2, 3, 8, generator=generator)
-        found += [attend(q, k, v) for attend in cache.at(slot_Bn, torch.arange(used) <= slot_Bn[..., None])]
+        attends = cache.at(slot_Bn, torch.arange(used) <= slot_Bn[..., None])
+        found += [attend(*torch.randn(3, 2, 2, 3, 8, generator=generator)) for attend in attends]
     return found
 
 
@@ -391,6 +398,11 @@ def test_layers_that_come_when_needed_are_the_same_layers(
     streamed = loaded(tiny_model, Way("float32", "host"), monkeypatch, "cpu")
     assert np.array_equal(streamed.generate(PROMPT, seed=3, frames=5).frames, pipe.generate(PROMPT, seed=3, frames=5).frames)
     assert list(streamed.flow.state_dict()) == list(pipe.flow.state_dict())
+
+
+def test_packed_parts_take_turns(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (loaded(tiny_model, Way("int8", turns=turns), monkeypatch, "cpu", frames=5) for turns in (False, True))
+    assert np.array_equal(one.generate(PROMPT, seed=3, frames=5).frames, other.generate(PROMPT, seed=3, frames=5).frames)
 
 
 def test_parts_go_home_also_after_an_error() -> None:
