@@ -13,7 +13,7 @@ import torch
 
 from reelflow.clip import Clip
 from reelflow.data.toybox import COLOURS, FPS, render
-from reelflow.evaluation import toybox_svd
+from reelflow.evaluation import toybox, toybox_svd
 from reelflow.evaluation.svd import arithmetic, measure, table
 from reelflow.pipelines.svd import Diffusion, SvdPipeline
 from reelflow.pipelines.svd.settings import USUAL
@@ -88,6 +88,14 @@ def test_motion_that_does_not_follow_is_noticed(perfect: Perfect) -> None:
     scenes = toybox_svd.pictured(4, "train")
     slow, fast = (toybox_svd.moved(perfect, scenes, 0, 4, Diffusion(motion=motion), quiet) for motion in (32, 255))
     assert slow == fast > 0
+
+
+def test_a_folder_of_this_family_is_measured_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(toybox_svd, "run", lambda *args: seen.append(args) or {"count": args[1]})
+    assert toybox.run(str(tiny["write_tiny"](tmp_path / "tiny-svd")), "cpu", count=3, seed=5) == {"count": 3}
+    assert isinstance(seen[0][0], SvdPipeline)
+    assert seen[0][1:4] == (3, 5, 8)
 
 
 def test_both_pipelines_are_timed_and_compared() -> None:

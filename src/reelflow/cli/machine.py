@@ -113,11 +113,12 @@ def bench_svd(
 def toybox(
     options: Solving,
     count: Annotated[
-        int, typer.Option(metavar="N≥1", min=1, help="Clips from text; the other tasks take a quarter of it, at least 4.")
+        int, typer.Option(metavar="N≥1", min=1, help="Clips from text (svd: pictures); the other tasks take a quarter of it, at least 4.")
     ] = 64,
     seed: Annotated[int, typer.Option(metavar="0…2^63−1", help="Of the clips; the scenes asked for stay the same.")] = 0,
 ) -> None:
-    """Generate toybox scenes and measure how often colour, shape and motion are those of the prompt.
+    """Generate toybox scenes and measure how often colour, shape and motion are those of the prompt; of a Stable Video Diffusion, animate
+    pictures and measure what is kept, and how motion follows --motion and --fps.
 
     reelflow evaluate toybox --model mini --count 64
     """

@@ -71,11 +71,11 @@ def animated(
 ) -> list[np.ndarray]:
     """Clips (F, S, S, 3) that begin with the scenes' first frames."""
     found: list[np.ndarray] = []
-    side, frames = min(pipe.own_size), min(FRAMES, pipe.about.frames)
+    side = min(pipe.own_size)
     for start in range(0, len(scenes), batch):
         pictures = list(render(scenes[start : start + batch], 1, side)[:, 0].numpy())
         seeds = [seed + start + index for index in range(len(pictures))]
-        found += [clip.frames for clip in pipe.animate_batch(pictures, seeds, frames=frames, size=(side, side), sampling=sampling)]
+        found += [clip.frames for clip in pipe.animate_batch(pictures, seeds, frames=FRAMES, size=(side, side), sampling=sampling)]
         progress(len(found) / len(scenes))
     return found
 

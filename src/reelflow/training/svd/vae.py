@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from torch import Tensor
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 
 from reelflow.training.svd.codec import TemporalPass
 from reelflow.training.vae import Kind, VaeTraining, main
@@ -30,10 +33,28 @@ def new_vae(widths: tuple[int, ...] = WIDTHS, channels: int = CHANNELS) -> Autoe
         sample_size=128,
     )  # fmt: skip
     vae.quant_conv.bias.data[channels:] = -6.0  # begin with little noise: with unit noise the decoder learns to ignore the latents
-    last = vae.decoder.time_conv_out
-    last.weight.data.zero_()[:, :, 1, 0, 0] = torch.eye(3)  # and with frames as they are
-    last.bias.data.zero_()
+    begin_plainly(vae)
     return vae
+
+
+@torch.no_grad()
+def begin_plainly(vae: Any) -> None:
+    """Have an untrained VAE pass on mean colours: residual blocks add nothing yet, places are averaged on the way down and repeated on
+    the way up, frames stay as they are. From random convolutions it takes hundreds of steps to find that way through the norms.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
+            module.conv2.weight.zero_()
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and module is not vae.quant_conv:
+            assert module.bias is not None
+            module.bias.zero_()
+        if isinstance(module, Downsample2D):
+            eye = torch.eye(module.conv.out_channels, module.conv.in_channels)
+            module.conv.weight.zero_()[:, :, :2, :2] = eye[:, :, None, None] / 4
+        if isinstance(module, Upsample2D):
+            nn.init.dirac_(module.conv.weight)
+    nn.init.dirac_(vae.decoder.time_conv_out.weight)
+    vae.encoder.conv_out.weight.mul_(3)
 
 
 def frames_of(x_B3FHW: Tensor) -> Tensor:
