@@ -9,7 +9,7 @@ import numpy as np
 
 from reelflow.clip import Clip
 from reelflow.data.toybox import canonical, scene_from_prompt
-from reelflow.evaluation.toybox import generate, scenes, shown
+from reelflow.evaluation.toybox import codec, generate, scenes, shown
 from reelflow.pipelines.starflow import Sampling
 
 
@@ -26,6 +26,20 @@ def marks(make: Any) -> dict[str, float]:
 
 def test_a_perfect_model_gets_full_marks() -> None:
     assert set(marks(shown).values()) == {1.0}
+
+
+def test_what_a_codec_loses_is_its_own_row() -> None:
+    def through(decode: Any) -> dict[str, float]:
+        pipe: Any = SimpleNamespace(codec=SimpleNamespace(encode=lambda frames: frames, decode=decode))
+        return codec(pipe, 4, Sampling())
+
+    def coarse(frames: Any) -> Any:
+        return frames[:, :, ::16, ::16].repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    kept, blurred = through(lambda frames: frames), through(coarse)
+    assert set(kept.values()) == {1.0, kept["psnr"]}
+    assert blurred["shape"] < 1
+    assert blurred["psnr"] < 25 < kept["psnr"]
 
 
 def test_mirrored_clips_go_the_wrong_way() -> None:

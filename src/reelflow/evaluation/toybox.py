@@ -4,6 +4,7 @@
 
 Every prompt and seed is fixed, so a number is a number of the model. What is asked:
 
+    codec                             true clips through the codec and back: what no flow over it can surpass
     one_thing, held_out, two_things   text → video; held_out: colour–shape pairs that training never showed
     animate                           first frame + caption → video: first frame against the codec's own, thing kept
     edit                              clip + instruction → the changed scene with the motion kept
@@ -62,7 +63,7 @@ def run(
     rows: tuple[tuple[str, Split, int], ...] = (("one_thing", "train", 1), ("held_out", "held_out", 1), ("two_things", "train", 2))
     for name, split, things in rows:
         found[name] = generate(pipe, scenes(count, split, things), seed, batch, sampling, partial(progress, name))
-    tasks = {"animate": animate, "edit": edit, "extend": extend, "likelihood": likelihood, "denoiser": denoiser}
+    tasks = {"codec": codec, "animate": animate, "edit": edit, "extend": extend, "likelihood": likelihood, "denoiser": denoiser}
     for index, (name, measure) in enumerate(tasks.items()):
         progress("other tasks", index / len(tasks))
         if name not in ("animate", "edit", "extend") or name in pipe.about.tasks:
@@ -107,6 +108,17 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def shown(scene: Scene, frames: int = CLIP) -> Clip:
     return Clip(render([scene], frames)[0].numpy(), 16)
+
+
+def codec(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    """Of true clips after encoding and decoding, and their PSNR."""
+    results, noise = [], []
+    for scene in scenes(count, "train", 1):
+        clip = shown(scene).frames
+        again = pipe.codec.decode(pipe.codec.encode(torch.from_numpy(clip)[None]))[0].numpy()
+        results.append(matches(detect(again, 1), scene))
+        noise.append(psnr(again, clip))
+    return rates(results) | {"psnr": round(float(np.mean(noise)), 2)}
 
 
 def animate(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
