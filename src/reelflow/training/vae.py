@@ -350,7 +350,7 @@ def main(kind: Kind = WAN) -> None:
     parser = argparse.ArgumentParser(description=f"Train {kind.about} on toybox clips.")
     parser.add_argument("folder", type=Path, help="where the checkpoint vae.pt goes; a run found there is continued")
     parser.add_argument("--export", type=Path, help="folder to write the trained model to, in the diffusers layout")
-    parser.add_argument("--start", type=Path, help="diffusers folder to begin from, instead of an untrained model")
+    parser.add_argument("--init", dest="start", type=Path, help="diffusers folder to begin from, instead of an untrained model")
     parser.add_argument("--decoder-only", action="store_true", help="leave the encoder, and so all latents, as they are")
     parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
     for name, field in VaeTraining.model_fields.items():
