@@ -125,3 +125,12 @@ def test_the_shipped_vae_is_faithful_to_toybox() -> None:
     for split in ("train", "held_out"):
         found = measure(vae, seed=123, count=3, frames=17, split=split)
         assert found["psnr"] > 25, (split, found)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
+    trainer = Trainer(SMALL)
+    before = {name: value.clone() for name, value in trainer.vae.state_dict().items()}
+    trainer.parameters[-1].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0: gradient is not finite"):
+        trainer.update()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.vae.state_dict().items())

@@ -214,6 +214,8 @@ class Trainer:
             for p, grad in zip(self.parameters, flat.div_(ranks).split([p.numel() for p in self.parameters]), strict=True):
                 p.grad.copy_(grad.view(p.shape))
         parts["grad"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
+        if not math.isfinite(parts["grad"]):
+            raise FloatingPointError(f"step {self.step}: gradient is not finite; continue from the checkpoint with a lower learning rate")
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(self.step)
