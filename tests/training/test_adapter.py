@@ -18,7 +18,7 @@ from reelflow.adapters.lora import Lora
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
 from reelflow.training.flow import FlowObjective
-from reelflow.training.run import averaged, export, export_adapter, flow_state
+from reelflow.training.run import averaged, export, flow_state, write_result
 from reelflow.training.trainer import Trainer
 
 model_of = runpy.run_path(str(Path(__file__).parent.parent / "pipelines" / "tiny.py"))
@@ -87,7 +87,7 @@ def test_the_file_of_a_run_gives_its_model(model: Path, tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 3.0, "targets": ["deep_block.*.qkv", "deep_block.*.up"]}
     trainer = make(tmp_path, model, lora=lora, about={"name": "heart"})
     trainer.run()
-    path = export_adapter(trainer)
+    path = write_result(trainer)
     assert path == tmp_path / "heart.safetensors"
     about = Lora.open(path).about
     assert about == lora | {"name": "heart", "model": "tiny", "revision": "1"}

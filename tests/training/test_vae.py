@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reelflow.data.toybox import render, sample_scene
 from reelflow.training.muon import orthogonal
-from reelflow.training.one_pass import OnePass
+from reelflow.training.one_pass import one_pass
 from reelflow.training.vae import Trainer, VaeTraining, batch, export, loss_of, measure, new_vae, save, to_pixels
 
 SMALL = VaeTraining(pixels=5 * 32 * 32, shapes=((1, 32), (5, 32)), last_share=0.0, steps=10, warmup=2)
@@ -34,8 +34,8 @@ def shaken_vae() -> AutoencoderKLWan:
 def test_one_pass_is_the_chunked_vae(frames: int) -> None:
     vae = shaken_vae()
     x, z = torch.rand(2, 3, frames, 64, 48) * 2 - 1, torch.randn(2, 48, 1 + frames // 4, 4, 3)
-    torch.testing.assert_close(OnePass(vae).encode(x), vae.encode(x).latent_dist.parameters, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(OnePass(vae).decode(z).clamp(-1, 1), vae.decode(z).sample, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one_pass(vae).encode(x), vae.encode(x).latent_dist.parameters, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one_pass(vae).decode(z).clamp(-1, 1), vae.decode(z).sample, atol=1e-5, rtol=1e-4)
 
 
 def test_one_pass_has_the_gradients_of_the_chunked_vae() -> None:
@@ -47,7 +47,7 @@ def test_one_pass_has_the_gradients_of_the_chunked_vae() -> None:
         return [parameter.grad for parameter in vae.parameters()]
 
     expected = gradients(lambda x: vae.encode(x).latent_dist.parameters, lambda z: vae.decode(z).sample)
-    found = gradients(OnePass(vae).encode, OnePass(vae).decode)
+    found = gradients(one_pass(vae).encode, one_pass(vae).decode)
     for (name, _), ours, theirs in zip(vae.named_parameters(), found, expected, strict=True):
         assert (ours is None) == (theirs is None), name
         assert ours is None or (ours - theirs).norm() < 1e-3 * theirs.norm() + 1e-5, name

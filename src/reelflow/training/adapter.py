@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from reelflow.adapters import lora
+from reelflow.adapters.hub import resolve
 from reelflow.config import ModelConfig
 from reelflow.training.config import LoraConfig
+
+if TYPE_CHECKING:
+    from reelflow.training.trainer import Trainer
 
 
 def targets(flow: nn.Module, config: LoraConfig) -> list[str]:
@@ -76,3 +82,15 @@ def taken_out(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def about(config: LoraConfig, model: ModelConfig, base: ModelConfig) -> dict[str, Any]:
     """The header of an adapter's file. base: the model it belongs to."""
     return {**config.model_dump(mode="json"), "name": model.name, "model": base.name, "revision": base.revision}
+
+
+def export(trainer: Trainer[Any], read: Callable[[Path], ModelConfig]) -> Path:
+    """Write the averaged adapters as one file named after the model, `about.name`. All ranks call it, the first one writes.
+
+    read: what the folder of the model that the run began with says of itself.
+    """
+    config = trainer.objective.config
+    target = trainer.folder / f"{config.about.name}.safetensors"
+    if trainer.ranks.first:
+        lora.save(target, taken_out(trainer.averaged()), about(config.lora, config.about, read(resolve(config.init))))
+    return target

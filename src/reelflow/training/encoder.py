@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from reelflow.adapters.vae import VideoCodec, load_codec
+from reelflow.adapters.wan_fast import WanPass
 from reelflow.data.decode import View
 from reelflow.media.aspect import aspects
 from reelflow.training.config import TrainConfig
-from reelflow.training.one_pass import OnePass, channels_last
+from reelflow.training.one_pass import channels_last, one_pass
 
 PIXELS = 4 * 33 * 128 * 128
 """Encoded at once: small clips together, a larger one alone."""
@@ -29,10 +30,10 @@ class Encoder:
 
     def __init__(self, folder: str | Path, exact: bool = False, device: str | torch.device = "cpu") -> None:
         self.codec, self.exact, self.device = load_codec(folder, device=device), exact, torch.device(device)
-        self.one_pass: OnePass | None = None
+        self.one_pass: WanPass | None = None
         if self.device.type == "cpu" and isinstance(self.codec, VideoCodec) and self.codec.vae.config.is_residual:
             channels_last(self.codec.vae)
-            self.one_pass = OnePass(self.codec.vae)
+            self.one_pass = one_pass(self.codec.vae)
 
     def __call__(self, frames: Tensor) -> Tensor:
         """The mean: uint8 (N, F, H, W, 3), F = 1 + 4n → float32 (N, f, C, h, w) on the CPU."""

@@ -31,8 +31,6 @@ def _fused(x: Tensor, gamma: Tensor) -> Tensor:
     return _compiled()(rows, gamma).view(x.shape)
 
 
-class OnePass(WanPass):
+def one_pass(vae: Any, fused: bool = False) -> WanPass:
     """Every call encodes or decodes whole clips, with gradients. fused: compile the norms (a C++ compiler is needed)."""
-
-    def __init__(self, vae: Any, fused: bool = False):
-        super().__init__(vae, stream=False, activate=_fused if fused else _activate)
+    return WanPass(vae, stream=False, activate=_fused if fused else _activate)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import new_folder, save_weights
-from reelflow.adapters.hub import part_folder, resolve
+from reelflow.adapters.hub import part_folder
 from reelflow.adapters.text import TextEncoder, load_text_encoder, no_progress_bar
 from reelflow.adapters.vae import load_codec
 from reelflow.clip import contact_sheet
@@ -85,10 +85,15 @@ def open_objective(config: TrainConfig | SvdConfig, source: Any, ranks: Ranks) -
 def write_result(trainer: Trainer[Any]) -> Path:
     """The model folder, or the file of adapters. All ranks call it, the first one writes."""
     if isinstance(trainer.objective, FlowObjective):
-        return export_adapter(trainer) if trainer.config.lora else export(trainer, trainer.folder / "model")
+        if trainer.config.lora:
+            return adapter.export(trainer, lambda folder: ModelConfig.read(folder / "config.json"))
+        return export(trainer, trainer.folder / "model")
+    from reelflow.adapters.svd import read_about
     from reelflow.training.svd import export as svd
 
-    return svd.export_adapter(trainer) if trainer.config.lora else svd.export(trainer, trainer.folder / "model")
+    if trainer.config.lora:
+        return adapter.export(trainer, read_about)
+    return svd.export(trainer, trainer.folder / "model")
 
 
 def open_text(config: TrainConfig, source: Batches, device: torch.device) -> TextEncoder:
@@ -174,16 +179,4 @@ def export(trainer: Trainer[FlowObjective], target: Path) -> Path:
             text.model.save_pretrained(str(folder / "text_encoder"))
         text.tokenizer.save_pretrained(str(folder / "tokenizer"))
         shutil.copytree(config.vae, folder / "vae")
-    return target
-
-
-def export_adapter(trainer: Trainer[FlowObjective]) -> Path:
-    """Write the averaged adapters as one file named after the model, `about.name`. All ranks call it, the first one writes."""
-    config = trainer.objective.config
-    assert config.lora is not None
-    assert config.init is not None
-    target = trainer.folder / f"{config.about.name}.safetensors"
-    if trainer.ranks.first:
-        base = ModelConfig.read(resolve(config.init) / "config.json")
-        lora.save(target, adapter.taken_out(trainer.averaged()), adapter.about(config.lora, config.about, base))
     return target

@@ -29,7 +29,7 @@ from torch import Tensor
 from reelflow.config import Strict
 from reelflow.data.toybox import CLIP, Split, render, sample_scene
 from reelflow.training.muon import Muon
-from reelflow.training.one_pass import OnePass, channels_last
+from reelflow.training.one_pass import channels_last, one_pass
 from reelflow.training.widen import widened
 
 
@@ -338,7 +338,7 @@ def _note_wan(vae: Any, mean: Tensor, std: Tensor, floor: float) -> None:
 
 def _pass_of_wan(vae: Any, fused: bool) -> Pass:
     channels_last(vae)
-    return OnePass(vae, fused)
+    return one_pass(vae, fused)
 
 
 WAN = Kind(

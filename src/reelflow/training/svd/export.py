@@ -13,7 +13,7 @@ from torch import Tensor
 from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import new_folder
 from reelflow.adapters.hub import resolve
-from reelflow.adapters.svd import CLIP_MEAN, CLIP_STD, PIPELINE, SCHEDULER, read_about
+from reelflow.adapters.svd import CLIP_MEAN, CLIP_STD, PIPELINE, SCHEDULER
 from reelflow.adapters.text import no_progress_bar
 from reelflow.training import adapter
 from reelflow.training.svd.config import SvdConfig
@@ -71,18 +71,6 @@ def export(trainer: Trainer[SvdObjective], target: Path) -> Path:
     return target
 
 
-def export_adapter(trainer: Trainer[SvdObjective]) -> Path:
-    """Write the averaged adapters as one file named after the model, `about.name`. All ranks call it, the first one writes."""
-    config = trainer.objective.config
-    assert config.lora is not None
-    assert config.init is not None
-    target = trainer.folder / f"{config.about.name}.safetensors"
-    if trainer.ranks.first:
-        base = read_about(resolve(config.init))
-        lora.save(target, adapter.taken_out(trainer.averaged()), adapter.about(config.lora, config.about, base))
-    return target
-
-
 def copy_parts(source: Path, folder: Path, parts: tuple[str, ...]) -> None:
     for part in parts:
         if (source / part).is_dir():
@@ -115,4 +103,4 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["averaged_unet", "export", "export_adapter", "unet_state"]
+__all__ = ["averaged_unet", "export", "unet_state"]
