@@ -11,7 +11,8 @@ from diffusers import AutoencoderKLTemporalDecoder
 from reelflow.data.toybox import render, sample_scene
 from reelflow.training.svd.codec import TemporalPass
 from reelflow.training.svd.vae import SVD, latents_of, new_vae
-from reelflow.training.vae import Trainer, export, measure, save, to_pixels
+from reelflow.training.vae import Trainer, export, measure, save
+from reelflow.training.vae_batches import to_pixels
 
 KIND = SVD._replace(new=lambda: new_vae((64, 64, 64), 8))
 SMALL = SVD.settings.model_copy(update={"pixels": 4 * 32 * 32, "shapes": ((1, 32), (4, 32)), "last_share": 0.0, "steps": 40, "warmup": 4})

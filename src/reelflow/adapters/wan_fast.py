@@ -140,12 +140,16 @@ class WanPass:
             self._past[conv] = frames.clone()
 
     def _convolve(self, conv: Any, x: Tensor) -> Tensor:
-        """The convolution over all three axes, padded in space only, by the fastest of the ways to the same numbers."""
+        """The convolution over all three axes, padded in space only, by the fastest of the ways to the same numbers.
+
+        For a few large frames the gradient of oneDNN's bfloat16 conv3d (torch 2.13) is wrong, and writes beyond its memory.
+        """
         depth, *size = conv.kernel_size
         folded = x.unfold(1, depth, conv.stride[0]).transpose(4, 5)  # (B, T, H, W, taps, C), a view
         if size == [1, 1]:
             return F.linear(folded.flatten(4), self._prepared(conv, _taps_in_channels).flatten(1), conv.bias)
-        if x.dtype == torch.float32 and len(x) == 1 and x.shape[1:3].numel() * x.shape[4] <= IM2COL:
+        unsafe = not self.stream and x.is_cpu and folded.shape[1] < 8 and x.shape[2:4].numel() > 32**2
+        if unsafe or (x.dtype == torch.float32 and len(x) == 1 and x.shape[1:3].numel() * x.shape[4] <= IM2COL):
             return _conv2d(folded.flatten(4), self._prepared(conv, _taps_in_channels), conv.bias)
         if x.dtype == torch.float32 and self.stream and folded.shape[1] % 2 == 0 and x.shape[4] >= PAIRED:
             return self._convolve_pairs(conv, x)

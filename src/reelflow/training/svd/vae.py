@@ -19,7 +19,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from reelflow.training.svd.codec import TemporalPass
-from reelflow.training.vae import Kind, VaeTraining, main
+from reelflow.training.vae import Kind, main
+from reelflow.training.vae_batches import VaeTraining
 
 WIDTHS = (64, 64, 96, 96, 96)
 """Of the levels, the finest first: group norms have 32 groups, and groups of one channel forget how bright a frame is."""
