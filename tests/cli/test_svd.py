@@ -36,11 +36,18 @@ def test_animate(run, svd_model: Path, photo: Path, tmp_path: Path) -> None:
     assert (said["frames"], said["width"], said["height"], said["fps"], said["seed"]) == (2, 128, 64, 24, 3)
     assert said["settings"] == {
         "frames": 2, "steps": 1, "fps": 12, "motion": 200, "noise_aug": 0.1, "guidance": 2.0, "first_guidance": 1.5, "playback": 24.0,
-        "reference": "stability",
+        "reference": "stability", "schedule": "karras", "guided": None, "reuse": 1,
     }  # fmt: skip
     assert {"encoding", "sampling", "decoding"} == said["times"].keys()
     made = Clip.open(tmp_path / "a.mp4").metadata
     assert (made["family"], made["seed"], made["ai_generated"]) == ("svd", 3, True)
+
+
+def test_less_work(run, svd_model: Path, photo: Path) -> None:
+    options = ("--schedule", "ays", "--guided", "0.5-100", "--reuse", 3, "--steps", 4, "--frames", 2, "--size", "64x64")
+    done = run("animate", photo, "--model", svd_model, "--seed", 3, "--json", "-o", "a.gif", *options)
+    assert (done.code, done.errors) == (0, [])
+    assert json.loads(done.out)["settings"].items() >= {"schedule": "ays", "guided": [0.5, 100.0], "reuse": 3}.items()
 
 
 def test_extend_says_that_quality_drifts(run, svd_model: Path, tmp_path: Path) -> None:
@@ -59,6 +66,9 @@ BAD = {
     "more motion": (["--motion", "256"], "motion 256 is not usable"),
     "noise": (["--noise-aug", "nan"], "noise_aug nan is not usable; give a number from 0 to 1"),
     "guidance": (["--first-guidance", "-1"], "first_guidance -1.0 is not usable; give a number ≥ 0"),
+    "levels in words": (["--guided", "high"], "guided 'high' is not LOW-HIGH, two noise levels such as 1-100"),
+    "levels that fall": (["--guided", "100-1"], "guided 100-1 is not usable; give a lower and a higher noise level"),
+    "reuse": (["--reuse", "0"], "reuse 0 is not usable; give a whole number from 1"),
     "playback": (["--playback", "0"], "playback 0.0 is not usable; give 0.1 … 240"),
     "size": (["--size", "1000x576"], "size 1000x576: sides are multiples of 64 up to 4096; nearest: 1024x576"),
     "size in words": (["--size", "large"], "size 'large' is not WIDTHxHEIGHT"),

@@ -201,6 +201,70 @@ def test_steps_are_eulers(parts) -> None:
         assert (x - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+def test_the_levels_of_align_your_steps(parts) -> None:
+    """As published for ten steps; of nineteen every second is one of those. They begin and end where the model's own do."""
+    published = [700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034]
+    times, steps, spread = euler(parts.scheduler, 10, "ays")
+    assert [step.sigma for step in steps] == pytest.approx(published)
+    assert times.tolist() == pytest.approx([np.log(sigma) / 4 for sigma in published])
+    assert [step.sigma for step in euler(parts.scheduler, 19, "ays")[1]][::2] == pytest.approx(published)
+    own, levels, wide = euler(parts.scheduler, 10)
+    assert (levels[0].sigma, wide, float(own[0])) == pytest.approx((steps[0].sigma, spread, float(times[0])), rel=1e-5)
+    last = steps[-1]
+    assert (last.keep, last.move) == pytest.approx((last.scale**2, -last.sigma * last.scale)), "ends at D, without noise"
+
+
+class Calls:
+    """Rows of the outermost and how often the inner levels of the UNet are computed."""
+
+    def __init__(self, svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch):
+        self.rows, self.inner, network = list[int](), 0, svd.denoiser
+        forward, inner = network.forward, network._inner
+
+        def outer(x, conditions, *rest):
+            self.rows.append(len(conditions.picture))
+            return forward(x, conditions, *rest)
+
+        def below(*given):
+            self.inner += 1
+            return inner(*given)
+
+        monkeypatch.setattr(network, "forward", outer)
+        monkeypatch.setattr(network, "_inner", below)
+
+
+def test_inner_levels_are_computed_in_some_steps_only(svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sampled(svd, noise_picture(), 1, Diffusion(steps=5))
+    calls = Calls(svd, monkeypatch)
+    assert torch.equal(sampled(svd, noise_picture(), 1, Diffusion(steps=5, reuse=1)), whole)
+    assert (calls.inner, len(calls.rows)) == (5, 5)
+    less = sampled(svd, noise_picture(), 1, Diffusion(steps=5, reuse=2))
+    assert (calls.inner, len(calls.rows)) == (5 + 3, 10)
+    assert 1e-4 < (less - whole).abs().max() < 0.5
+
+
+def test_guidance_at_some_noise_levels_only(svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(**how) -> Tensor:
+        return sampled(svd, noise_picture(), 1, Diffusion(steps=5, first_guidance=3.0, guidance=3.0, **how))
+
+    whole, none = made(), sampled(svd, noise_picture(), 1, Diffusion(steps=5, guidance=1.0))
+    calls = Calls(svd, monkeypatch)
+    assert torch.equal(made(guided=(0.0, 1000.0)), whole)
+    assert (made(guided=(800.0, 1000.0)) - none).abs().max() < 1e-5
+    sigmas = [step.sigma for step in euler(svd.scheduler, 5)[1]]
+    calls.rows.clear()
+    part = made(guided=(sigmas[3], sigmas[1]))
+    assert calls.rows == [1, 2, 2, 2, 1]
+    assert min((part - whole).abs().max(), (part - none).abs().max()) > 1e-4
+
+
+def test_rows_of_guidance_that_were_not_computed_are_not_reused(svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    sigmas = [step.sigma for step in euler(svd.scheduler, 4)[1]]
+    calls = Calls(svd, monkeypatch)
+    sampled(svd, noise_picture(), 1, Diffusion(steps=4, guidance=3.0, guided=(sigmas[2], sigmas[1]), reuse=4))
+    assert (calls.rows, calls.inner) == ([1, 2, 2, 1], 2)
+
+
 def test_a_seed_is_a_clip(svd: SvdPipeline) -> None:
     one, again, other = (svd.animate(noise_picture(), seed=seed, sampling=QUICK) for seed in (1, 1, 2))
     assert np.array_equal(one.frames, again.frames)

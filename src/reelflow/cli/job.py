@@ -219,7 +219,17 @@ def diffusion(guidance: float | None, options: Diffusing) -> Diffusion:
 
     names = {f.name for f in fields(Diffusion)} & {f.name for f in fields(options)}
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "guided" in chosen:
+        chosen["guided"] = levels(chosen["guided"])
     return Diffusion(guidance=guidance, **chosen)
+
+
+def levels(text: str) -> tuple[float, float]:
+    """(low, high) of `1-100`. Raises ValueError for other texts."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", text)
+    if not found:
+        raise ValueError(f"guided {text!r} is not LOW-HIGH, two noise levels such as 1-100")
+    return float(found[1]), float(found[2])
 
 
 def size(text: str | None) -> tuple[int, int] | None:

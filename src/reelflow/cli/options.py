@@ -157,6 +157,7 @@ class Making(Writing):
 
 
 SVD = "Sampling with svd"
+SHORTER = "Less work with svd, and another clip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +208,27 @@ class Diffusing:
         typer.Option(
             "--reference", rich_help_panel=SVD,
             help="Whose numbers: stability, as the weights were trained, or diffusers, whose norms differ. \\[default: stability]",
+        ),
+    ] = None  # fmt: skip
+    schedule: Annotated[
+        Literal["karras", "ays"] | None,
+        typer.Option(
+            "--schedule", rich_help_panel=SHORTER,
+            help="Noise levels of the steps: the model's own, or those of Align Your Steps, for --steps 10. \\[default: karras]",
+        ),
+    ] = None  # fmt: skip
+    guided: Annotated[
+        str | None,
+        typer.Option(
+            "--guided", metavar="LOW-HIGH", rich_help_panel=SHORTER,
+            help="Noise levels at which guidance applies, as 1-100; the other steps are half the work. \\[default: all, 0-700]",
+        ),
+    ] = None  # fmt: skip
+    reuse: Annotated[
+        int | None,
+        typer.Option(
+            "--reuse", metavar="1…10", rich_help_panel=SHORTER,
+            help="Compute the inner levels of the network in every n-th step only. \\[default: 1, in each]",
         ),
     ] = None  # fmt: skip
 

@@ -92,7 +92,7 @@ def loss_of(config: VaeTraining, model: Pass, x: Tensor, mask: Tensor, generator
         y = model.decode(mean + (log_variance.exp() + config.noise**2).sqrt() * noise).float()
     weight = 1 + config.foreground * mask
     error = y - x
-    pixels = ((error.square() + 1e-4).sqrt() - 1e-2).mul(weight).mean() / weight.mean()
+    pixels = ((error.square() + config.knee**2).sqrt() - config.knee).mul(weight).mean() / weight.mean()
     edges = sum(error.diff(dim=axis).abs().mul(weight.narrow(axis, 1, x.shape[axis] - 1)).mean() for axis in (3, 4)) / weight.mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     loss = pixels + config.edges * edges + config.kl * kl

@@ -31,6 +31,9 @@ class VaeTraining(Strict):
     warmup: int = 100
     foreground: float = 4.0
     """Additional weight of the pixels on and around objects."""
+    knee: float = 0.01
+    """Errors of pixels (they lie in [-1, 1]) far below it count by their square, far above it as they are. Small: sharp edges. Large:
+    what is thin is not lost (where it is not sure, its median is nothing, and its mean is not)."""
     edges: float = 0.5
     """Weight of the error of horizontal and vertical differences."""
     kl: float = 2e-5

@@ -25,7 +25,7 @@ from reelflow.pipelines.base import Device, Picture, Pipeline, Precision, Progre
 from reelflow.pipelines.svd.decoder import Decoder, Encoder
 from reelflow.pipelines.svd.memory import fitting
 from reelflow.pipelines.svd.picture import UNIT, check_size, clip_view, factor, fitting_size, open_picture, own_size, pixels
-from reelflow.pipelines.svd.settings import FPS, REFERENCES, USUAL, Diffusion, euler, ramp
+from reelflow.pipelines.svd.settings import FPS, REFERENCES, USUAL, Diffusion, euler, guides, ramp
 from reelflow.pipelines.svd.unet import Denoiser
 
 MOST_FRAMES = 4
@@ -35,7 +35,7 @@ MOST_FRAMES = 4
 class SvdPipeline(Pipeline):
     """UNet, VAE and CLIP of one model."""
 
-    options = frozenset("guidance first-guidance steps fps motion noise-aug playback size reference first".split())
+    options = frozenset("guidance first-guidance steps fps motion noise-aug playback size reference schedule guided reuse first".split())
 
     def __init__(self, parts: Parts):
         self.about: ModelConfig = parts.about
@@ -227,14 +227,20 @@ class SvdPipeline(Pipeline):
         weights_F = ramp(sampling, self.about.guidance, frames)
         guided = bool((weights_F != 1).any())
         weights_F111 = weights_F.to(self.device).view(-1, 1, 1, 1)
-        times_T, steps, spread = euler(self.scheduler, sampling.steps)
+        times_T, steps, spread = euler(self.scheduler, sampling.steps, sampling.schedule)
         ids = [sampling.fps - 1.0, float(sampling.motion), sampling.noise_aug]
         eps = REFERENCES[sampling.reference]
-        conditions = self.denoiser.conditions(picture_B4hw, states_BE, ids, times_T, frames, guided, eps)
-        x_BF4hw, pending = noise_BF4hw * spread, _Pending(self.device)
+        both = self.denoiser.conditions(picture_B4hw, states_BE, ids, times_T, frames, guided, eps)
+        alone = both.unguided() if guided else both
+        x_BF4hw, inner, pending = noise_BF4hw * spread, None, _Pending(self.device)
         for index, step in enumerate(steps):
-            v = self.denoiser(x_BF4hw * step.scale, conditions, index).float()
-            if guided:
+            here = guided and guides(sampling, step)
+            conditions = both if here else alone
+            count = len(conditions.picture) * frames
+            kept = inner[-count:] if inner is not None and index % sampling.reuse and len(inner) >= count else None
+            v, inner = self.denoiser(x_BF4hw * step.scale, conditions, index, kept)
+            v = v.float()
+            if here:
                 without, given = v.chunk(2)
                 v = torch.lerp(without, given, weights_F111)
             x_BF4hw = x_BF4hw.mul_(step.keep).add_(v, alpha=step.move)

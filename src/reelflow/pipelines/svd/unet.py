@@ -6,6 +6,7 @@ T steps, E channels of the picture's embedding.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ class Conditions(NamedTuple):
     positions: Tensor
     eps: float | None
 
+    def unguided(self) -> Conditions:
+        """Without the unconditional rows."""
+        half = len(self.picture) // 2
+        return self._replace(picture=self.picture[half:], context=self.context[half:])
+
 
 class Stage(nn.Module):
     """One resolution: residual blocks, each with a transformer where the source has one, and a change of resolution."""
@@ -41,6 +47,19 @@ class Stage(nn.Module):
     def layer(self, index: int, x_NCHW: Tensor, given: Given) -> Tensor:
         x_NCHW = self.residuals[index](x_NCHW, given)
         return self.transformers[index](x_NCHW, given) if index < len(self.transformers) else x_NCHW
+
+    def descend(self, x_NCHW: Tensor, given: Given) -> list[Tensor]:
+        """Its input and what each layer makes of it: what the way up reads again."""
+        found = [x_NCHW]
+        for index in range(len(self.residuals)):
+            found.append(self.layer(index, found[-1], given))
+        return found
+
+    def ascend(self, x_NCHW: Tensor, skips: list[Tensor], given: Given) -> Tensor:
+        """Every layer reads the last of `skips`, and takes it away."""
+        for index in range(len(self.residuals)):
+            x_NCHW = self.layer(index, torch.cat((x_NCHW, skips.pop()), 1), given)
+        return x_NCHW
 
 
 class Denoiser(nn.Module):
@@ -98,31 +117,36 @@ class Denoiser(nn.Module):
             eps,
         )
 
-    def forward(self, scaled_BF4hw: Tensor, conditions: Conditions, step: int) -> Tensor:
-        """v (R, F, 4, h, w) of latents times c_in, in the step's noise."""
+    def forward(
+        self, scaled_BF4hw: Tensor, conditions: Conditions, step: int, inner: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """v (R, F, 4, h, w) of latents times c_in, in the step's noise; and what all but the outermost level made of them, which a later
+        call may be given as `inner` to leave that work out.
+        """
         clips, frames = scaled_BF4hw.shape[:2]
         given = Given(frames, conditions.biases[step], conditions.context, conditions.positions, conditions.eps)
         latent = scaled_BF4hw.to(self.dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = F.conv2d(latent, self.conv_latent, padding=1).unflatten(0, (clips, frames))
         rows = len(conditions.picture)
         x = (x.repeat(rows // clips, 1, 1, 1, 1) + conditions.picture[:, None]).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        skips = [x]
-        for stage in self.down:
-            for index in range(len(stage.residuals)):
-                x = stage.layer(index, x, given)
-                skips.append(x)
-            if stage.sampler is not None:
-                x = stage.sampler(x)
-                skips.append(x)
+        skips = self.down[0].descend(x, given)
+        if inner is None:
+            inner = self._inner(skips[-1], given)
+        x = self.up[-1].ascend(inner, skips, given)
+        x = self.conv_out(F.silu(group_norm(x, self.norm_out), inplace=True))
+        return x.unflatten(0, (rows, frames)), inner
+
+    def _inner(self, x: Tensor, given: Given) -> Tensor:
+        """From the outermost level down to the middle and up again."""
+        skips = []
+        for above, stage in pairwise(self.down):
+            skips += stage.descend(above.sampler(x), given)
+            x = skips[-1]
         for index in range(len(self.middle.residuals)):
             x = self.middle.layer(index, x, given)
-        for stage in self.up:
-            for index in range(len(stage.residuals)):
-                x = stage.layer(index, torch.cat((x, skips.pop()), 1), given)
-            if stage.sampler is not None:
-                x = stage.sampler(x)
-        x = self.conv_out(F.silu(group_norm(x, self.norm_out), inplace=True))
-        return x.unflatten(0, (rows, frames))
+        for stage in self.up[:-1]:
+            x = stage.sampler(stage.ascend(x, skips, given))
+        return x
 
 
 def _table(placed: list[tuple[slice, Tensor]]) -> Tensor:
