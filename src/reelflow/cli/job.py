@@ -91,6 +91,7 @@ class Job:
         loras = [parse(text) for text in options.lora or ()] if isinstance(options, Making) else []
         for file, _ in loras:
             Lora.open(file)
+        clip["size"] = self.more.get("size") if isinstance(self, ClipJob) else None
         fitting = within(options, clip) if isinstance(options, Making) else ()
         pipe = reelflow.load(options.model, options.device, options.precision, *fitting)
         for file, weight in loras:

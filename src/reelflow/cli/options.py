@@ -130,7 +130,7 @@ class Making(Writing):
         typer.Option(
             "--memory-budget", metavar="24GB", rich_help_panel=MACHINE,
             help="Of the device (MB, GB, MiB, GiB). The best precision and placement that keep within it are chosen before anything is "
-            "loaded, printed, and stored in the file. Flows only.",
+            "made, printed, and stored in the file.",
         ),
     ] = None  # fmt: skip
     lora: Annotated[

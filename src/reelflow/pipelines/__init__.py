@@ -27,8 +27,8 @@ def load(
         device: "cpu", "cuda", …; by default a GPU if there is one.
         precision: of the transformer layers; what moves the flow's values stays float32. "auto": bfloat16 for large flows where
             that is fast, else float32 (see `adapters.precision`).
-        memory_budget: "24GB", "800MiB": of the device. Flows only: the best way of running that keeps within it is chosen before
-            anything is loaded, said in a warning, and stored in every clip. What does not fit stays in the host's memory.
+        memory_budget: "24GB", "800MiB": of the device. The best way of running the model that keeps within it is chosen (of a flow
+            before anything is loaded), said in a warning, and stored in every clip. What does not fit stays in the host's memory.
         clip: what the budget is for, by default a clip of the trained length from a prompt; see `pipelines.loading.Asked`.
 
     Raises:
@@ -36,7 +36,7 @@ def load(
             run this model together.
     """
     from reelflow.adapters.hub import resolve
-    from reelflow.adapters.precision import PRECISIONS, QUANTISED
+    from reelflow.adapters.precision import PRECISIONS
     from reelflow.adapters.torchrun import join
 
     budget = None
@@ -50,11 +50,7 @@ def load(
     family, device = _kind(place), _device(device)
     if join(device) > 1 and not family.shares:
         raise ValueError(f"{source}: models of this family run in one process each; start it without torchrun")
-    if family.fits:
-        return family.load(place, device, precision, budget=budget, asked=clip)
-    if budget is not None or precision in QUANTISED:
-        raise ValueError(f"{source}: models of this family come in float32 and bfloat16, and take no memory budget")
-    return family.load(place, device, "float32" if precision == "auto" else precision)
+    return family.load(place, device, precision, budget=budget, asked=clip)
 
 
 def kind(source: str | Path, precision: Precision = "auto") -> type[Pipeline]:

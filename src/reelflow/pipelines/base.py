@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from reelflow.clip import Clip, heat_map
 from reelflow.config import ModelConfig
 from reelflow.media.picture import picture_rgb
 from reelflow.version import VERSION
+
+if TYPE_CHECKING:
+    from reelflow.pipelines.loading import Asked
 
 Device = str | torch.device
 Picture = str | Path | Image.Image | np.ndarray | Clip
@@ -136,14 +139,13 @@ class Pipeline:
     shares: ClassVar[bool] = False
     """Whether several processes can run one model together, under torchrun."""
 
-    fits: ClassVar[bool] = False
-    """Whether it comes in fewer than 16 bits, and within a memory budget."""
-
     about: ModelConfig
 
     @classmethod
-    def load(cls, source: Path, device: Device, precision: Precision, **fitting: Any) -> Self:
-        """Load a model folder or checkpoint file; `fitting`: of a family that `fits`, its memory budget."""
+    def load(
+        cls, source: Path, device: Device, precision: Precision = "auto", budget: int | None = None, asked: Asked | None = None
+    ) -> Self:
+        """Load a model folder or checkpoint file, within so many bytes of the device for the clip that is asked for."""
         raise NotImplementedError
 
     @classmethod

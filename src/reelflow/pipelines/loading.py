@@ -34,25 +34,27 @@ class Asked:
     """The clip that a memory budget is for, as the pipeline's methods take it; by default one of the trained length from a prompt,
     with the model's own guidance.
 
-    task: generate, animate, edit or extend; to edit or extend, the longest video that the model reads.
+    task: generate, animate, edit or extend; to edit or extend, the longest video that the model reads.  size: (width, height), of
+    families that take any.
     """
 
     seconds: float | None = None
     frames: int | None = None
-    aspect: str = "1:1"
+    aspect: str | None = None
     guidance: float | None = None
     stream: bool = False
     ring: bool = False
     denoise: bool = True
     certify: bool = False
     task: str = "generate"
+    size: tuple[int, int] | None = None
 
     def wish(self, about: ModelConfig, config: FlowConfig, codec: Codec) -> Wish:
         """Raises ValueError for a length or an aspect that the model does not make."""
         from reelflow.pipelines.trial import Wish
 
         framing, guidance = Framing(about, codec), about.guidance if self.guidance is None else self.guidance
-        frames, height, width = codec.latent_shape(framing.length(self.seconds, self.frames), *framing.frame_size(self.aspect))
+        frames, height, width = codec.latent_shape(framing.length(self.seconds, self.frames), *framing.frame_size(self.aspect or "1:1"))
         given = {"animate": 1, "edit": frames, "extend": min(frames, default_context(config.window))}.get(self.task, 0)
         frames, window = (2 * frames, 2 * frames) if self.task == "edit" else (frames, None)
         return Wish(

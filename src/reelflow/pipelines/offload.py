@@ -151,14 +151,21 @@ class Parts:
         try:
             for module, home in homes:
                 near = {key: x.to(self.device) for key, x in {id(x): x for x in home.values()}.items()}  # what is shared, once
-                module.load_state_dict({name: near[id(x)] for name, x in home.items()}, strict=False, assign=True)
+                _assign(module, {name: near[id(x)] for name, x in home.items()})
                 del near
             yield
         finally:
             for module, home in homes:  # nothing is copied back
-                module.load_state_dict(home, strict=False, assign=True)
+                _assign(module, home)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    others = tensors.keys() - module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    for name in tensors.keys() - others:  # buffers that no file holds
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = tensors[name]
 
 
 def _tensors(module: nn.Module, but: tuple[str, ...]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ EXACTLY = Sampling(schedule=Schedule(tolerance=1e-6))
 class StarFlowPipeline(Pipeline):
     """A flow with its video codec and text encoder."""
 
-    shares = fits = True
+    shares = True
 
     def __init__(
         self, about: ModelConfig, flow: StarFlow, codec: Codec, text: TextEncoder | None, device: torch.device | None = None,
@@ -382,7 +382,7 @@ class StarFlowPipeline(Pipeline):
 
     @classmethod
     def load(
-        cls, source: Path, device: Device, precision: Precision, budget: int | None = None, asked: Asked | None = None, **_: Any
+        cls, source: Path, device: Device, precision: Precision = "auto", budget: int | None = None, asked: Asked | None = None
     ) -> Self:
         """Load a model folder, or a reference checkpoint file as it is; see `loading.load_parts`."""
         from reelflow.pipelines.loading import Asked, load_parts

@@ -14,7 +14,9 @@ Shapes: R rows (clips, or two per clip under guidance), F frames, N = R·F, C ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,33 @@ from torch import Tensor, nn
 GROUPS = 32
 CPU_PIECE, PIECE = 4 * 2**20, 2**30
 """Bytes of the largest tensor between two products: on a CPU what its cache holds, elsewhere what memory can spare."""
+THRIFTY_PIECE = 2**26
+
+
+class Care(NamedTuple):
+    """How memory is spent. piece: bytes in place of the above.  again: compute the first temporal convolution twice, instead of
+    keeping what it gives for the whole clip, and write frames in the place of those that they come from.
+    """
+
+    piece: int | None = None
+    again: bool = False
+
+
+_care: ContextVar[Care] = ContextVar("care", default=Care())  # noqa: B039 - a tuple
+
+
+def care() -> Care:
+    return _care.get()
+
+
+@contextmanager
+def caring(how: Care) -> Iterator[None]:
+    """Spend memory so, inside."""
+    token = _care.set(how)
+    try:
+        yield
+    finally:
+        _care.reset(token)
 
 
 class Given(NamedTuple):
@@ -53,7 +82,8 @@ class Columns:
 
 def step_of(x: Tensor, values: int) -> int:
     """How many rows of `values` values fit into one piece."""
-    return max(1, (CPU_PIECE if x.device.type == "cpu" else PIECE) // (values * x.element_size()))
+    piece = care().piece or (CPU_PIECE if x.device.type == "cpu" else PIECE)
+    return max(1, piece // (values * x.element_size()))
 
 
 def channels_last(weight: Tensor) -> nn.Parameter:
@@ -167,39 +197,50 @@ class Residual(nn.Module):
             h_RCFS = self.time_conv1(F.silu(group_norm(x_RCFS, self.time_norm1, eps), inplace=True), bias)
             x_RCFS.add_(self.time_conv2(F.silu(group_norm(h_RCFS, self.time_norm2, eps), inplace=True)))
             return
-        h_RCFS = torch.empty_like(x_RCFS)
-        for h, piece in zip(h_RCFS.split(step, 3), _normed(x_RCFS, step, self.time_norm1, eps), strict=True):
-            h.copy_(self.time_conv1(piece, bias))
-        for x, piece in zip(x_RCFS.split(step, 3), _normed(h_RCFS, step, self.time_norm2, eps), strict=True):
-            x.add_(self.time_conv2(piece))
+        first = _affine(x_RCFS.split(step, 3), self.time_norm1, eps)
+
+        def inner() -> Iterator[Tensor]:
+            for piece in x_RCFS.split(step, 3):
+                yield self.time_conv1(_activated(piece, *first), bias)
+
+        if care().again:
+            second = _affine(inner(), self.time_norm2, eps)
+            pieces = inner()
+        else:
+            h_RCFS = torch.empty_like(x_RCFS)
+            for kept, piece in zip(h_RCFS.split(step, 3), inner(), strict=True):
+                kept.copy_(piece)
+            second = _affine(h_RCFS.split(step, 3), self.time_norm2, eps)
+            pieces = iter(h_RCFS.split(step, 3))
+        for x, piece in zip(x_RCFS.split(step, 3), pieces, strict=True):
+            x.add_(self.time_conv2(_activated(piece, *second)))
 
 
-def _normed(x_RCFS: Tensor, step: int, norm: nn.GroupNorm, eps: float | None) -> Iterator[Tensor]:
-    """SiLU of a group norm, `step` places at a time; its moments are those of the whole."""
-    scale, shift = _affine(x_RCFS, step, norm, norm.eps if eps is None else eps)
-    for piece in x_RCFS.split(step, 3):
-        yield F.silu(torch.addcmul(shift, piece.to(shift.dtype), scale), inplace=True).to(piece.dtype)
+def _activated(x_RCFS: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU of a group norm, given as scale and shift."""
+    return F.silu(torch.addcmul(shift, x_RCFS.to(shift.dtype), scale), inplace=True).to(x_RCFS.dtype)
 
 
-def _affine(x_RCFS: Tensor, step: int, norm: nn.GroupNorm, eps: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift (R, C, 1, 1), float32 or finer, that a group norm comes to. Moments about each channel's first value: no
-    cancellation.
+def _affine(pieces: Iterable[Tensor], norm: nn.GroupNorm, eps: float | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift (R, C, 1, 1), float32 or finer, that a group norm over all pieces (R, C, F, …) comes to. Moments about each
+    channel's first value: no cancellation.
     """
-    exact = torch.promote_types(x_RCFS.dtype, torch.float32)
-    origin = x_RCFS[:, :, :1, :1]
-    first = second = torch.zeros_like(origin[:, :, 0, 0], dtype=exact)
-    for piece in x_RCFS.split(step, 3):
+    origin = first = second = torch.zeros(())
+    count = 0
+    for piece in pieces:
+        exact = torch.promote_types(piece.dtype, torch.float32)
+        if not count:
+            origin = piece[:, :, :1, :1].clone()
         moved = (piece - origin).to(exact)
-        first, second = first + moved.sum((2, 3)), second + moved.square_().sum((2, 3))
-    count = x_RCFS[0, 0].numel()
+        first, second, count = first + moved.sum((2, 3)), second + moved.square_().sum((2, 3)), count + piece[0, 0].numel()
     first, second = first / count, second / count
     mean_RGc = (first + origin[:, :, 0, 0]).unflatten(1, (GROUPS, -1))
     mean_RG1 = mean_RGc.mean(2, keepdim=True)
     spread = (second - first.square()).unflatten(1, (GROUPS, -1)) + (mean_RGc - mean_RG1).square()
-    rate = torch.rsqrt(spread.mean(2, keepdim=True) + eps).expand_as(mean_RGc).flatten(1)
-    scale = rate * norm.weight.to(exact)
-    shift = norm.bias.to(exact) - mean_RG1.expand_as(mean_RGc).flatten(1) * scale
+    rate = torch.rsqrt(spread.mean(2, keepdim=True) + (norm.eps if eps is None else eps)).expand_as(mean_RGc).flatten(1)
+    scale = rate * norm.weight.to(rate.dtype)
+    shift = norm.bias.to(rate.dtype) - mean_RG1.expand_as(mean_RGc).flatten(1) * scale
     return scale[:, :, None, None], shift[:, :, None, None]
 
 
-__all__ = ["Columns", "Convolution", "Given", "Residual", "Upsample"]
+__all__ = ["Care", "Columns", "Convolution", "Given", "Residual", "Upsample", "care", "caring"]

@@ -1,7 +1,8 @@
 """The VAE of Stable Video Diffusion: one picture in, all frames of a clip out.
 
 The decoder's parts that see one frame run frame by frame; those that see a place over time run piece by piece, with the
-group norms' moments of the whole. Memory holds two tensors of a whole clip at most, and no pixel depends on the pieces.
+group norms' moments of the whole. Memory holds two tensors of a whole clip at most, thriftily one and a half, and no pixel depends on
+the pieces.
 
 Shapes: B clips, F frames, h × w latent places, H × W pixels, C channels.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelflow.pipelines.svd.blocks import Convolution, Residual, Upsample, group_norm, step_of, tokens
+from reelflow.pipelines.svd.blocks import Convolution, Residual, Upsample, care, group_norm, step_of, tokens
 
 
 class Encoder(nn.Module):
@@ -103,7 +104,7 @@ def _run(stage: Any, x_NCHW: Tensor) -> Tensor:
 
 
 def by_frames(x_NCHW: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function of single frames to a few at a time."""
+    """Apply a function of single frames to a few at a time; thriftily in the place of `x`, where the result fits there."""
 
     def results() -> Iterator[Tensor]:
         for piece in x_NCHW.split(step_of(x_NCHW, 4 * x_NCHW[0].numel())):
@@ -113,7 +114,9 @@ def by_frames(x_NCHW: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     for part in results():
         if len(part) == len(x_NCHW):
             return part
-        if whole is None:
+        if whole is None and care().again and part.shape[1:] == x_NCHW.shape[1:]:
+            whole = x_NCHW
+        elif whole is None:
             whole = part.new_empty(len(x_NCHW), *part.shape[2:], part.shape[1]).permute(0, 3, 1, 2)
         whole[start : start + len(part)] = part
         start += len(part)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from reelflow.clip import Clip
 from reelflow.config import ModelConfig
 from reelflow.media.aspect import ASPECTS, frame_size
 from reelflow.pipelines.base import Device, Picture, Pipeline, Precision, Progress, check_length, new_seed, say, silent, spoken
+from reelflow.pipelines.loading import Asked
+from reelflow.pipelines.svd.blocks import Care, caring
+from reelflow.pipelines.svd.budget import Plan, choose
 from reelflow.pipelines.svd.decoder import Decoder, Encoder
 from reelflow.pipelines.svd.memory import fitting
 from reelflow.pipelines.svd.picture import UNIT, check_size, clip_view, factor, fitting_size, open_picture, own_size, pixels
-from reelflow.pipelines.svd.settings import FPS, REFERENCES, USUAL, Diffusion, euler, guides, ramp
+from reelflow.pipelines.svd.sampling import denoise
+from reelflow.pipelines.svd.settings import FPS, USUAL, Diffusion, ramp
 from reelflow.pipelines.svd.unet import Denoiser
 
 MOST_FRAMES = 4
@@ -47,17 +52,36 @@ class SvdPipeline(Pipeline):
         self.loras: list[dict[str, Any]] = []
         self._adapters: list[tuple[Lora, float]] = []
         self._source: Path | None = None
+        self.device, self.plan = self.denoiser.device, cast("Plan[Self] | None", None)
+        self.device, self.plan = self.denoiser.device, None
 
     @classmethod
-    def load(cls, source: Path, device: Device, precision: Precision = "float32", **fitting: Any) -> Self:
-        """Load a diffusers folder or an original single file. Raises ValueError as `adapters.svd.load_parts`."""
-        pipe = cls(load_parts(source, device, getattr(torch, precision)))
+    def load(
+        cls, source: Path, device: Device, precision: Precision = "auto", budget: int | None = None, asked: Asked | None = None
+    ) -> Self:
+        """Load a diffusers folder or an original single file.
+
+        Args:
+            precision: float32 or bfloat16; "auto": float32, and within a budget bfloat16 where that does not fit.
+            budget: bytes of the device; the quickest way of running the model that keeps within them is taken, and said.
+            asked: the clip that the budget is for; by default one of the trained length and size.
+
+        Raises:
+            ValueError: as `adapters.svd.load_parts`; a precision that this family does not come in; nothing fits the budget.
+        """
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"{source}: models of this family come in float32 and bfloat16, not in {precision}")
+        if budget is None:
+            pipe = cls(load_parts(source, device, getattr(torch, "float32" if precision == "auto" else precision)))
+        else:
+            names = ["float32", "bfloat16"] if precision == "auto" else [str(precision)]
+            plan = choose(lambda name: cls(load_parts(source, "cpu", getattr(torch, name))), names, torch.device(device), budget, asked)
+            pipe = plan.account.pipe
+            pipe.plan, pipe.device = plan, torch.device(device)
+            plan.settle(pipe)
+            say(str(plan))
         pipe._source = source
         return pipe
-
-    @property
-    def device(self) -> torch.device:
-        return self.denoiser.device
 
     def load_lora(self, file: str | Path, weight: float = 1.0) -> None:
         """Add what a LoRA of the UNet learned, times `weight`. The UNet is read from disk again: the network that samples shares
@@ -126,7 +150,7 @@ class SvdPipeline(Pipeline):
         spoken(prompt, "generate")
         seed, sampling = new_seed(seed), self._settled(sampling)
         length = self._length(seconds, frames, sampling)
-        height, width = check_size(size) if size else self._frame_size(aspect)
+        height, width = check_size(size) if size else self.frame_size(aspect)
         painted = paint(first, prompt, seed, height, width, self.device, progress)
         made, took = self._sample(pixels(painted, height, width)[None], [seed], length, sampling, progress)
         return self._clip(_uint8(made[0]), "generate", prompt, seed, sampling, took, first=first)
@@ -166,7 +190,7 @@ class SvdPipeline(Pipeline):
     def stream(self, *args: Any, **options: Any) -> Any:
         raise ValueError(f"{self.about.name} (svd) makes all frames together and cannot stream them; use generate or a STARFlow-V model")
 
-    def _frame_size(self, aspect: str | None) -> tuple[int, int]:
+    def frame_size(self, aspect: str | None) -> tuple[int, int]:
         """(height, width) of an aspect at the model's area."""
         if aspect is None:
             return self.own_size
@@ -199,53 +223,36 @@ class SvdPipeline(Pipeline):
         """Pictures −1 … 1 → frames (B, F, 3, H, W), about −1 … 1; and the seconds of each phase."""
         clock = _Clock()
         shown_B3HW, (height, width) = shown_B3HW.to(self.device), shown_B3HW.shape[2:]
-        with fitting(self, len(seeds), frames, height, width):
+        use = self.plan.use if self.plan else (lambda *parts: nullcontext())
+        with fitting(self, len(seeds), frames, height, width), caring(self.plan.care if self.plan else Care()):
+            if self.plan:
+                self.plan.check(frames, height, width, bool((ramp(sampling, self.about.guidance, frames) != 1).any()), len(seeds))
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise_B3HW = torch.stack([torch.randn(3, height, width, generator=each) for each in generators])
             shape = frames, self.channels, height // self.factor, width // self.factor
             noise_BF4hw = torch.stack([torch.randn(shape, generator=each) for each in generators])
             progress("encoding", 0.0)
-            view = clip_view(shown_B3HW, *self.clip_norm)
-            weight = self.image_encoder.visual_projection.weight
-            states_BE = self.image_encoder(view.to(weight.device, weight.dtype)).image_embeds
+            with use("image_encoder"):
+                weight = self.image_encoder.visual_projection.weight
+                states_BE = self.image_encoder(clip_view(shown_B3HW, *self.clip_norm).to(weight.dtype)).image_embeds
             progress("encoding", 0.5)
-            picture_B4hw = self.encoder(shown_B3HW + sampling.noise_aug * noise_B3HW.to(self.device))
+            with use("encoder"):
+                picture_B4hw = self.encoder(shown_B3HW + sampling.noise_aug * noise_B3HW.to(self.device))
             self._require_finite("encoding", states_BE, picture_B4hw)
             clock.lap("encoding")
-            latents_BF4hw = self._denoise(noise_BF4hw.to(self.device), picture_B4hw, states_BE, sampling, progress)
+            with use("denoiser"):
+                latents_BF4hw = self._denoise(noise_BF4hw.to(self.device), picture_B4hw, states_BE, sampling, progress)
             self._require_finite("sampling", latents_BF4hw)
             clock.lap("sampling")
-            made = self.decoder(latents_BF4hw, lambda share: progress("decoding", share))
+            with use("decoder"):
+                made = self.decoder(latents_BF4hw, lambda share: progress("decoding", share))
             self._require_finite("decoding", made)
             clock.lap("decoding")
         return made, clock.laps
 
     def _denoise(self, noise_BF4hw: Tensor, picture_B4hw: Tensor, states_BE: Tensor, sampling: Diffusion, progress: Progress) -> Tensor:
-        """Euler's steps with guidance, float32; the device is never waited for, but for the progress two steps back."""
-        assert sampling.fps is not None
-        frames = noise_BF4hw.shape[1]
-        weights_F = ramp(sampling, self.about.guidance, frames)
-        guided = bool((weights_F != 1).any())
-        weights_F111 = weights_F.to(self.device).view(-1, 1, 1, 1)
-        times_T, steps, spread = euler(self.scheduler, sampling.steps, sampling.schedule)
-        ids = [sampling.fps - 1.0, float(sampling.motion), sampling.noise_aug]
-        eps = REFERENCES[sampling.reference]
-        both = self.denoiser.conditions(picture_B4hw, states_BE, ids, times_T, frames, guided, eps)
-        alone = both.unguided() if guided else both
-        x_BF4hw, inner, pending = noise_BF4hw * spread, None, _Pending(self.device)
-        for index, step in enumerate(steps):
-            here = guided and guides(sampling, step)
-            conditions = both if here else alone
-            count = len(conditions.picture) * frames
-            kept = inner[-count:] if inner is not None and index % sampling.reuse and len(inner) >= count else None
-            v, inner = self.denoiser(x_BF4hw * step.scale, conditions, index, kept)
-            v = v.float()
-            if here:
-                without, given = v.chunk(2)
-                v = torch.lerp(without, given, weights_F111)
-            x_BF4hw = x_BF4hw.mul_(step.keep).add_(v, alpha=step.move)
-            progress("sampling", pending.finished(index + 1) / len(steps))
-        return x_BF4hw
+        how = replace(sampling, guidance=self.about.guidance) if sampling.guidance is None else sampling
+        return denoise(self.denoiser, self.scheduler, noise_BF4hw, picture_B4hw, states_BE, how, progress)
 
     def _require_finite(self, phase: str, *values: Tensor) -> None:
         if not all(bool(torch.isfinite(each).all()) for each in values):
@@ -256,7 +263,8 @@ class SvdPipeline(Pipeline):
     ) -> Clip:
         assert sampling.playback is not None
         settings = {"frames": len(frames), **more, **asdict(sampling), **({"lora": self.loras} if self.loras else {})}
-        return Clip(frames, sampling.playback, self.made(task, prompt, seed, **settings) | {"seconds": took})
+        memory = {"memory": self.plan.about()} if self.plan else {}
+        return Clip(frames, sampling.playback, self.made(task, prompt, seed, **settings) | {"seconds": took} | memory)
 
 
 def _uint8(frames_F3HW: Tensor) -> np.ndarray:
@@ -273,23 +281,6 @@ class _Clock:
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.laps[phase], self.last = round(now - self.last, 3), now
-
-
-class _Pending:
-    """Steps that a GPU has finished: two are left to it at any time, so that it never waits and progress tells the truth."""
-
-    def __init__(self, device: torch.device):
-        self.events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
-
-    def finished(self, asked: int) -> int:
-        if self.events is None:
-            return asked
-        event = torch.cuda.Event()
-        event.record()
-        self.events.append(event)
-        if len(self.events) > 2:
-            self.events.pop(0).synchronize()
-        return asked - len(self.events)
 
 
 __all__ = ["Diffusion", "SvdPipeline"]

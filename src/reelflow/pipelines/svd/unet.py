@@ -27,11 +27,13 @@ class Conditions(NamedTuple):
     context: Tensor
     positions: Tensor
     eps: float | None
+    guided: bool
 
-    def unguided(self) -> Conditions:
-        """Without the unconditional rows."""
-        half = len(self.picture) // 2
-        return self._replace(picture=self.picture[half:], context=self.context[half:])
+    def halves(self) -> tuple[Conditions, Conditions]:
+        """The unconditional rows, and those of the picture."""
+        pictures, contexts = self.picture.chunk(2), self.context.chunk(2)
+        unconditional, given = (self._replace(picture=p, context=c, guided=False) for p, c in zip(pictures, contexts, strict=True))
+        return unconditional, given
 
 
 class Stage(nn.Module):
@@ -115,6 +117,7 @@ class Denoiser(nn.Module):
             _table([(attention.place, attention.context(states_BE)) for attention in attentions]),
             _table([(model.place, model.positions(frames)) for model in transformers]),
             eps,
+            guided,
         )
 
     def forward(

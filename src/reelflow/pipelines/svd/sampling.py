@@ -1,0 +1,86 @@
+"""From noise to latents: Euler's steps with guidance.
+
+Shapes: B clips, R rows (B, or 2B under guidance), F frames, 4 latent channels or as many as the model has, h × w places, E channels of
+the picture's embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelflow.pipelines.base import Progress
+from reelflow.pipelines.svd.blocks import care
+from reelflow.pipelines.svd.settings import REFERENCES, Diffusion, euler, guides, ramp
+from reelflow.pipelines.svd.unet import Conditions, Denoiser
+
+
+def denoise(
+    network: Denoiser, scheduler: Any, noise_BF4hw: Tensor, picture_B4hw: Tensor, states_BE: Tensor, sampling: Diffusion, progress: Progress
+) -> Tensor:
+    """Latents (B, F, 4, h, w), float32. The device is never waited for, but for the progress two steps back.
+
+    sampling: with its fps and guidance.
+    """
+    assert sampling.fps is not None
+    assert sampling.guidance is not None
+    frames = noise_BF4hw.shape[1]
+    weights_F = ramp(sampling, sampling.guidance, frames)
+    guided = bool((weights_F != 1).any())
+    weights_F111 = weights_F.to(noise_BF4hw.device).view(-1, 1, 1, 1)
+    times_T, steps, spread = euler(scheduler, sampling.steps, sampling.schedule)
+    ids = [sampling.fps - 1.0, float(sampling.motion), sampling.noise_aug]
+    conditions = network.conditions(picture_B4hw, states_BE, ids, times_T, frames, guided, REFERENCES[sampling.reference])
+    x_BF4hw, inner, pending = noise_BF4hw * spread, None, _Pending(noise_BF4hw.device)
+    for index, step in enumerate(steps):
+        here = guided and guides(sampling, step)
+        asked = rows(conditions) if here or not guided else conditions.halves()[1:]
+        v, inner = velocity(network, x_BF4hw * step.scale, asked, index, inner if index % sampling.reuse else None)
+        if here:
+            without, given = v.chunk(2)
+            v = torch.lerp(without, given, weights_F111)
+        x_BF4hw = x_BF4hw.mul_(step.keep).add_(v, alpha=step.move)
+        inner = inner if sampling.reuse > 1 else None
+        progress("sampling", pending.finished(index + 1) / len(steps))
+    return x_BF4hw
+
+
+def rows(conditions: Conditions) -> tuple[Conditions, ...]:
+    """All rows at once, or, where memory is short, those of guidance one after the other."""
+    return conditions.halves() if care().again and conditions.guided else (conditions,)
+
+
+def velocity(
+    network: Denoiser, scaled_BF4hw: Tensor, asked: Sequence[Conditions], step: int, inner: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """v (R, F, 4, h, w) float32 of all rows that are asked for; and the UNet's inner levels, for which those of an earlier step are
+    taken where it had these rows.
+    """
+    needed = sum(len(each.picture) for each in asked) * scaled_BF4hw.shape[1]
+    kept = inner[-needed:].chunk(len(asked)) if inner is not None and len(inner) >= needed else [None] * len(asked)
+    found = [network(scaled_BF4hw, each, step, old) for each, old in zip(asked, kept, strict=True)]
+    v, inner = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*found, strict=True))
+    return v.float(), inner
+
+
+class _Pending:
+    """Steps that a GPU has finished: two are left to it at any time, so that it never waits and progress tells the truth."""
+
+    def __init__(self, device: torch.device):
+        self.events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
+
+    def finished(self, asked: int) -> int:
+        if self.events is None:
+            return asked
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > 2:
+            self.events.pop(0).synchronize()
+        return asked - len(self.events)
+
+
+__all__ = ["denoise", "rows", "velocity"]
