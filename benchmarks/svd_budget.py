@@ -1,6 +1,6 @@
 """How the released Stable Video Diffusion XT fits a device: what `--memory-budget` picks for 25 frames of 576 × 1024, and what it counts.
 
-    python benchmarks/svd_budget.py      # weights without values, 10 GB of a CPU's memory, a minute or two; no GPU
+    python benchmarks/svd_budget.py      # weights without values, 10 GB of a CPU's memory, a few minutes; no GPU
 
 Bytes of a stage are all that is on the device in it: the reserve for the GPU's context and its libraries (assumed, not measured),
 weights, activations. What an allocator loses between tensors is not counted.
@@ -12,6 +12,7 @@ import argparse
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from reelflow.adapters.svd import SCHEDULER, Parts
@@ -25,24 +26,25 @@ CLIP = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14, "image_size": 224,
     "projection_dim": 1024, "hidden_act": "gelu",
 }  # fmt: skip
-CLIPS = {"25 frames": Asked(25, 576, 1024, True), "14 frames": Asked(14, 576, 1024, True), "25, no guidance": Asked(25, 576, 1024, False)}
+CLIPS = {"25 frames": Asked(25, 576, 1024, True), "14 frames": Asked(14, 576, 1024, True)}
 WAYS = {"all on the device": Way(), "in turns": Way(turns=True), "in turns, thrifty": Way(turns=True, thrifty=True)}
 
 
 def released(dtype: torch.dtype) -> SvdPipeline:
     """The classes and sizes of the released model, its values whatever was in memory."""
     with torch.device("meta"):
-        unet = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20), num_frames=25).to(dtype).to_empty(device="cpu")
+        unet = UNetSpatioTemporalConditionModel(sample_size=96, num_attention_heads=(5, 10, 20, 20), num_frames=25)
         vae = AutoencoderKLTemporalDecoder(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4
         )
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP)).to(dtype).to_empty(device="cpu")
-    vae.decoder.to(dtype)
-    vae.to_empty(device="cpu")
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP))
+    for part in (unet, vae.decoder, tower):
+        nn.Module.to(part, dtype)  # past diffusers' own, which has something to say
+    unet, vae, tower = (part.to_empty(device="cpu").eval() for part in (unet, vae, tower))
     about = ModelConfig.parse(
         {"family": "svd", "name": "svd-xt", "size": 768, "frames": 25, "fps": 7, "guidance": 3.0, "tasks": ["animate"]}
     )
-    return SvdPipeline(Parts(about, unet.eval(), vae.eval(), tower.eval(), EulerDiscreteScheduler(**SCHEDULER)))
+    return SvdPipeline(Parts(about, unet, vae, tower, EulerDiscreteScheduler(**SCHEDULER)))
 
 
 def main() -> None:
