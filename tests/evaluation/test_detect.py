@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from reelflow.data.toybox import MOTIONS, Scene, Thing, canonical, render, sample_scene, scene_from_prompt, simulate
-from reelflow.evaluation.detect import degrade, detect, matches, motion_of, validate
+from reelflow.evaluation.detect import degrade, detect, matches, validate
+from reelflow.evaluation.motion import motion_of
 
 
 def test_one_thing_is_read_from_true_renders():
