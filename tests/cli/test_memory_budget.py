@@ -82,16 +82,31 @@ def test_a_budget_that_nothing_fits_in(run, tiny_model: Path, tmp_path: Path) ->
     assert tree(tmp_path) == set()
 
 
-def test_other_families_refuse(run, tmp_path: Path) -> None:
+def test_diffusion_refuses_other_precisions(run, tmp_path: Path) -> None:
     folder = svd["write_tiny"](tmp_path / "svd")
     torch.manual_seed(0)
     Clip(torch.randint(0, 255, (1, 64, 64, 3), dtype=torch.uint8).numpy(), 8).save(tmp_path / "a.png")
     before = tree(tmp_path)
-    for option in (("--memory-budget", "8GB"), ("--precision", "int8"), ("--precision", "fp8")):
-        done = run("animate", "a.png", "--model", folder, *option, "-o", "b.mp4")
+    for precision in ("int8", "fp8"):
+        done = run("animate", "a.png", "--model", folder, "--precision", precision, "-o", "b.mp4")
         assert (done.code, done.out, len(done.errors)) == (2, "", 1), done
-        assert "models of this family" in done.errors[0]
+        assert f"models of this family come in float32 and bfloat16, not in {precision}" in done.errors[0]
     assert tree(tmp_path) == before
+
+
+def test_a_budget_of_diffusion(run, tmp_path: Path) -> None:
+    """Said before, kept in the file after; one that is too small is told the least, and leaves nothing behind."""
+    folder = svd["write_tiny"](tmp_path / "svd")
+    Clip(torch.zeros((1, 64, 64, 3), dtype=torch.uint8).numpy(), 8).save(tmp_path / "a.png")
+    words = ("animate", "a.png", "--model", folder, "--frames", 2, "--steps", 1, "--size", "64x64", "-o", "b.mp4")
+    small = run(*words, "--memory-budget", "10MB")
+    assert (small.code, small.out, len(small.errors)) == (2, "", 1), small
+    assert "memory budget 10MB is too small: 2 frames of 64 × 64 with guidance need at least" in small.errors[0]
+    assert not (tmp_path / "b.mp4").exists()
+    done = run(*words, "--memory-budget", "8GB")
+    assert done.code == 0, done
+    assert done.errors[0].startswith("note: memory: float32; ")
+    assert Clip.open(tmp_path / "b.mp4").metadata["memory"]["budget"] == 8 * 10**9
 
 
 PRECISIONS = {"auto": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "fp8": "fp8"}

@@ -31,7 +31,6 @@ from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
 from reelflow.pipelines.trial import Peak, Trial
 
 second = runpy.run_path(str(Path(__file__).with_name("second_device.py")))
-svd = runpy.run_path(str(Path(__file__).with_name("svd_tiny.py")))
 SecondDevice, watched = second["SecondDevice"], second["watched"]
 
 PROMPT = "a red ball moves right on a black background"
@@ -343,12 +342,6 @@ def test_a_budget_is_for_one_process(tiny_model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(loading, "ranks", lambda config, device: Ranks(branches=2))
     with pytest.raises(ValueError, match="a memory budget is for one process; under torchrun use float32 or bfloat16"):
         reelflow.load(tiny_model, "cpu", memory_budget="4GB")
-
-
-def test_diffusion_takes_no_budget(tmp_path: Path) -> None:
-    folder = svd["write_tiny"](tmp_path / "svd")
-    with pytest.raises(ValueError, match="memory budget"):
-        reelflow.load(folder, "cpu", memory_budget="4GB")
 
 
 # Caches and parts

