@@ -162,8 +162,7 @@ class Parts:
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    others = tensors.keys() - module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-    for name in tensors.keys() - others:  # buffers that no file holds
+    for name in module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys:  # buffers that no file holds
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner)._buffers[leaf] = tensors[name]
 

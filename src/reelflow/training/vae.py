@@ -30,7 +30,6 @@ from reelflow.data.toybox import CLIP, Split, render, sample_scene
 from reelflow.training.muon import Muon
 from reelflow.training.one_pass import channels_last, one_pass
 from reelflow.training.vae_batches import VaeTraining, backdrop, batch, foreground, to_pixels
-from reelflow.training.widen import widened
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -277,7 +276,6 @@ def main(kind: Kind = WAN) -> None:
     parser.add_argument("folder", type=Path, help="where the checkpoint vae.pt goes; a run found there is continued")
     parser.add_argument("--export", type=Path, help="folder to write the trained model to, in the diffusers layout")
     parser.add_argument("--init", dest="start", type=Path, help="diffusers folder to begin from, instead of an untrained model")
-    parser.add_argument("--decoder-width", type=int, metavar="N", help="widen the decoder of --init to this base width, the same at first")
     parser.add_argument("--decoder-only", action="store_true", help="leave the encoder, and so all latents, as they are")
     parser.add_argument("--no-fused", action="store_true", help="do without the compiled norms (no C++ compiler)")
     for name, field in VaeTraining.model_fields.items():
@@ -287,9 +285,6 @@ def main(kind: Kind = WAN) -> None:
             parser.add_argument(f"--{name.replace('_', '-')}", type=number, default=usual, help="default: %(default)s")
     options = vars(parser.parse_args())
     folder, target, start, fused = options.pop("folder"), options.pop("export"), options.pop("start"), not options.pop("no_fused")
-    if width := options.pop("decoder_width"):
-        open_narrow = kind.open
-        kind = kind._replace(open=lambda source: widened(open_narrow(source), width))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)

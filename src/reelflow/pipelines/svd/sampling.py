@@ -38,12 +38,14 @@ def denoise(
     for index, step in enumerate(steps):
         here = guided and guides(sampling, step)
         asked = rows(conditions) if here or not guided else conditions.halves()[1:]
-        v, inner = velocity(network, x_BF4hw * step.scale, asked, index, inner if index % sampling.reuse else None)
+        inner = inner if index % sampling.reuse else None  # let go before it is made again
+        v, inner = velocity(network, x_BF4hw * step.scale, asked, index, inner)
         if here:
             without, given = v.chunk(2)
             v = torch.lerp(without, given, weights_F111)
         x_BF4hw = x_BF4hw.mul_(step.keep).add_(v, alpha=step.move)
-        inner = inner if sampling.reuse > 1 else None
+        if sampling.reuse == 1:
+            inner = None
         progress("sampling", pending.finished(index + 1) / len(steps))
     return x_BF4hw
 
