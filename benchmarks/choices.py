@@ -26,8 +26,8 @@ from reelflow.flow import StarFlow
 from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.training.batches import Batch, CachedLatents
 from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.export import averaged
 from reelflow.training.flow import FlowObjective
-from reelflow.training.run import averaged
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 

@@ -15,10 +15,14 @@ import torch
 import reelflow
 from reelflow.adapters.checkpoint import read_weights
 from reelflow.adapters.lora import Lora
+from reelflow.adapters.text import TextEncoder, load_text_encoder
+from reelflow.clip import Clip
 from reelflow.training.batches import Batch
 from reelflow.training.config import TrainConfig
+from reelflow.training.export import averaged, export, flow_state
 from reelflow.training.flow import FlowObjective
-from reelflow.training.run import averaged, export, flow_state, write_result
+from reelflow.training.run import write_result
+from reelflow.training.samples import write_samples
 from reelflow.training.trainer import Trainer
 
 model_of = runpy.run_path(str(Path(__file__).parent.parent / "pipelines" / "tiny.py"))
@@ -34,14 +38,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_of["write_tiny"](tmp_path_factory.mktemp("model") / "tiny")
 
 
-def make(folder: Path, model: Path, **values: Any) -> Trainer:
+def make(folder: Path, model: Path, text: TextEncoder | None = None, **values: Any) -> Trainer:
     config = TrainConfig.parse({"init": str(model)} | SETTINGS | values)
 
     def source(step: int) -> Batch:
         return Batch(torch.randn(2, 3, 8, 4, 4, generator=torch.Generator().manual_seed(step)), ["a red ball", ""])
 
     torch.manual_seed(1)
-    return Trainer(config, source, FlowObjective(config, Text(width=16, tokens=model_of["TOKENS"])), folder)
+    return Trainer(config, source, FlowObjective(config, text or Text(width=16, tokens=model_of["TOKENS"])), folder)
 
 
 def test_a_run_begins_with_the_weights_of_its_model(model: Path, tmp_path: Path) -> None:
@@ -100,6 +104,24 @@ def test_the_file_of_a_run_gives_its_model(model: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(p, found[name], atol=2e-3, rtol=1e-2)
         assert torch.equal(dict(shown.flow.named_parameters())[name], found[name])
     assert make(tmp_path, model, lora=lora).step == 4
+
+
+def test_samples_of_a_run_are_clips_of_its_averaged_weights_and_leave_it_as_it_is(model: Path, tmp_path: Path) -> None:
+    prompts = ["a red ball moves right", "a blue box"]
+    text = load_text_encoder(model / "text_encoder", model / "tokenizer", model_of["TOKENS"], "cpu", torch.float32)
+    trainer = make(tmp_path / "shown", model, text, sample_every=2, sample_prompts=prompts)
+    plain = make(tmp_path / "plain", model, text)
+    trainer.run(on_sample=write_samples)
+    plain.run()
+    assert all(torch.equal(p, plain.weights[name]) for name, p in trainer.weights.items())
+    names = [f"{step:06d}-{index}" for step in (2, 4) for index in (0, 1)]
+    samples = tmp_path / "shown" / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == [f"{name}.{kind}" for name in names for kind in ("mp4", "png")]
+    pipe = averaged(trainer)
+    assert pipe is not None
+    clip, made = Clip.open(samples / "000004-1.mp4"), pipe.generate("a blue box", seed=0)
+    assert len(clip) == len(made)
+    assert clip.metadata["prompt"] == "a blue box"
 
 
 def test_in_bfloat16_the_weights_that_stay_are_kept_so(model: Path, tmp_path: Path) -> None:

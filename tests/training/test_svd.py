@@ -29,6 +29,7 @@ from reelflow.data.toybox import FPS, render, sample_scene, simulate
 from reelflow.pipelines.svd import Diffusion
 from reelflow.training.config import load
 from reelflow.training.run import write_result
+from reelflow.training.samples import write_samples
 from reelflow.training.shards import PreparedLatents
 from reelflow.training.svd.config import SvdConfig
 from reelflow.training.svd.data import PreparedShows, motion_strength, speeds
@@ -315,6 +316,19 @@ def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp
     assert np.abs(adapted.frames.astype(int) - plain.frames).max() > 2
 
 
+def test_samples_of_a_run_begin_with_the_pictures_it_names_and_leave_it_as_it_is(folder: Path, whole: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "ball.png"
+    Image.fromarray(render([sample_scene(1, 2)], 1, 64)[0, 0].numpy()).save(picture)
+    trainer = make(settings(folder, sample_every=2, sample_pictures=[str(picture)]), tmp_path / "run")
+    trainer.run(on_sample=write_samples)
+    assert curve(tmp_path / "run") == curve(whole.parent)
+    samples = tmp_path / "run" / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == [f"{step:06d}-0.{kind}" for step in (2, 4) for kind in ("mp4", "png")]
+    clip, made = Clip.open(samples / "000004-0.mp4"), reelflow.load(whole, "cpu").animate(picture, seed=0)
+    assert clip.metadata["settings"] == made.metadata["settings"]
+    assert len(clip) == len(made) == 4
+
+
 # --- bad input
 
 
@@ -326,7 +340,8 @@ def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp
         ({"rates": [10, 3]}, "rates = [10.0, 3.0]: give two of 3 … 30"),
         ({"shards": 2}, "every rank of svd holds all weights; leave out shards and offload"),
         ({"lora": {}}, "lora adapts a model; say which one with init"),
-        ({"sample_every": 5}, "sample_every is for flows"),
+        ({"sample_every": 5}, "sample_every = 5: clips of which pictures? name files under sample_pictures"),
+        ({"sample_pictures": ["nowhere.png"]}, "sample_pictures: no file nowhere.png"),
         ({"flow": {}}, "flow = {}: Extra inputs are not permitted"),
         ({"drop": 0.5}, "drop = 0.5"),
         ({"stages": [{"steps": 1, "buckets": [{"frames": 1, "batch": 1}]}]}, "stages.0.buckets.0.frames = 1"),

@@ -94,19 +94,28 @@ def load_part(folder: Path, part: str, device: str | torch.device = "cpu", dtype
 
 
 def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Parts:
-    from diffusers import EulerDiscreteScheduler
-
     about = read_about(folder)
     for part in ("unet", "vae", "image_encoder"):
         _json(folder / part / "config.json")  # what is missing is said before anything large is read
+    scheduler = open_scheduler(folder)
+    mean, std = clip_norm(folder)
+    unet, vae, image_encoder = (load_part(folder / part, part, device, dtype) for part in ("unet", "vae", "image_encoder"))
+    return Parts(about, unet, vae, image_encoder, scheduler, mean, std)
+
+
+def open_scheduler(folder: Path) -> Any:
+    """diffusers' scheduler of a folder. Raises ValueError where it cannot be used, or predicts something else than v."""
+    from diffusers import EulerDiscreteScheduler
+
     steps = _json(folder / "scheduler" / "scheduler_config.json")
     try:
         scheduler = EulerDiscreteScheduler.from_config(steps)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: a configuration of its parts cannot be used ({error})") from None
-    mean, std = clip_norm(folder)
-    unet, vae, image_encoder = (load_part(folder / part, part, device, dtype) for part in ("unet", "vae", "image_encoder"))
-    return Parts(about, unet, vae, image_encoder, _supported(scheduler, folder), mean, std)
+    if scheduler.config.prediction_type != "v_prediction":
+        kind = scheduler.config.prediction_type
+        raise ValueError(f"{folder}: its scheduler predicts {kind}; Stable Video Diffusion's predicts v (v_prediction)")
+    return scheduler
 
 
 def clip_norm(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -226,13 +235,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, not a configuration")
     return values
-
-
-def _supported(scheduler: Any, folder: Path) -> Any:
-    kind = scheduler.config.prediction_type
-    if kind != "v_prediction":
-        raise ValueError(f"{folder}: its scheduler predicts {kind}; Stable Video Diffusion's predicts v (v_prediction)")
-    return scheduler
 
 
 def _hub_id(folder: Path) -> str:

@@ -123,7 +123,7 @@ class RunConfig(Strict):
     timeout: float = Field(10.0, gt=0)
     """Minutes without an answer after which another rank counts as lost; more than the first one needs for samples."""
     sample_every: int = Field(0, ge=0)
-    """Steps between sample clips; 0: none."""
+    """Steps between sample clips of the averaged weights, each with a contact sheet; 0: none."""
 
     @property
     def steps(self) -> int:
@@ -187,6 +187,7 @@ class TrainConfig(RunConfig):
     """Smallest and largest σ of the data noise, drawn for every clip; goes with `about.prompt.noise`, which tells the model.
     None: `flow.noise_std` always."""
     sample_prompts: tuple[str, ...] = ()
+    """What sample clips show."""
 
     def stage(self, step: int) -> Stage:
         return self.stages[self.place(step)]

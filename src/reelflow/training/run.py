@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from reelflow.adapters import lora
-from reelflow.adapters.checkpoint import new_folder, save_weights
 from reelflow.adapters.hub import part_folder
-from reelflow.adapters.text import TextEncoder, load_text_encoder, no_progress_bar
-from reelflow.adapters.vae import load_codec
-from reelflow.clip import contact_sheet
+from reelflow.adapters.text import TextEncoder, load_text_encoder
 from reelflow.config import ModelConfig
-from reelflow.flow import StarFlow
-from reelflow.pipelines.starflow import StarFlowPipeline
 from reelflow.training import adapter, parallel
 from reelflow.training.config import TextConfig, TrainConfig
+from reelflow.training.export import export
 from reelflow.training.flow import FlowObjective
 from reelflow.training.parallel import Ranks
 from reelflow.training.raw import Batches, open_batches
+from reelflow.training.samples import write_samples
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 
@@ -109,74 +103,3 @@ def open_text(config: TrainConfig, source: Batches, device: torch.device) -> Tex
         raise ValueError(f"flow.text_dim = {config.flow.text_dim}, the text encoder gives {text.width}; make them equal")
     trained = config.train_text or isinstance(config.text, TextConfig)
     return text if trained else source.with_texts(text)
-
-
-def flow_state(trainer: Trainer[FlowObjective]) -> dict[str, Tensor]:
-    """All of the flow with averaged weights, on the CPU of the first rank (elsewhere empty); with adapters: added. All ranks call it."""
-    config, average = trainer.objective.config, trainer.averaged()
-    found = {}
-    for name, p in trainer.objective.flow.named_parameters():
-        value = parallel.full(average.get(f"flow.{name}", p.detach()))
-        if trainer.ranks.first:
-            found[name] = value.cpu()
-    if config.lora:
-        adapters = {name: found.pop(name) for name in list(found) if ".lora_" in name}
-        found = {name.replace(".base_layer", ""): value.float() for name, value in found.items()}
-        made = lora.Lora(Path(), adapter.about(config.lora, config.about, config.about), adapter.taken_out(adapters))
-        for layer in made.layers:
-            found[f"{layer}.weight"] = found[f"{layer}.weight"] + made.change(layer)
-    return found
-
-
-def averaged(trainer: Trainer[FlowObjective]) -> StarFlowPipeline | None:
-    """The pipeline of the averaged weights as they stand, on the first rank; the trainer goes on untouched. All ranks call it."""
-    state = flow_state(trainer)
-    if not trainer.ranks.first:
-        return None
-    config, device = trainer.objective.config, trainer.device
-    with torch.device("meta"):
-        flow = StarFlow(config.flow)
-    flow.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
-    if device.type == "cuda":
-        flow.set_precision(torch.bfloat16).to(device)
-    text = trainer.objective.averaged_text(trainer.averaged())
-    text.model.to(device)
-    return StarFlowPipeline(config.about, flow, load_codec(config.vae, config.about.latent_scale, device), text)
-
-
-def write_samples(trainer: Trainer[FlowObjective]) -> None:
-    """A clip and its contact sheet per sample prompt, seed 0; the other ranks wait."""
-    pipe, prompts = averaged(trainer), list(trainer.objective.config.sample_prompts)
-    if pipe is not None and prompts:
-        folder = trainer.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        for index, clip in enumerate(pipe.generate_batch(prompts, [0] * len(prompts))):
-            sheet, name = contact_sheet(clip, columns=9, tile=96), f"{trainer.step:06d}-{index}"
-            sheet.save(folder / f"{name}.png")
-            clip.save(folder / f"{name}.mp4")
-            if trainer.log:
-                trainer.log.picture(f"sample/{prompts[index]}", sheet, trainer.step)
-    with parallel.answering(trainer.standing):
-        trainer.ranks.meet()
-
-
-def export(trainer: Trainer[FlowObjective], target: Path) -> Path:
-    """Write the averaged weights as a model folder: the flow in bfloat16, the text encoder in float32, the codec copied.
-
-    All ranks call it, the first one writes.
-    """
-    config, state = trainer.objective.config, flow_state(trainer)
-    if not trainer.ranks.first:
-        return target
-    text = trainer.objective.averaged_text(trainer.averaged())
-    if target.exists():
-        shutil.rmtree(target)
-    with new_folder(target) as folder:
-        save_weights({name: tensor.to(torch.bfloat16) for name, tensor in state.items()}, folder / "transformer")
-        config.flow.write(folder / "transformer" / "config.json")
-        config.about.write(folder / "config.json")
-        with no_progress_bar():
-            text.model.save_pretrained(str(folder / "text_encoder"))
-        text.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        shutil.copytree(config.vae, folder / "vae")
-    return target

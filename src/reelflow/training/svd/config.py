@@ -57,6 +57,8 @@ class SvdConfig(RunConfig):
     """Of the logarithm of the noise level of the picture."""
     drop: float = Field(0.1, ge=0, le=0.33)
     """Share of clips without CLIP's embedding, as many without the picture's latents, as many without either."""
+    sample_pictures: tuple[Path, ...] = ()
+    """What sample clips begin with."""
     lr: float = Field(3e-5, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)
 
@@ -72,8 +74,11 @@ class SvdConfig(RunConfig):
             yield "unet and image_encoder are for a new model; init brings its own"
         if not SPEEDS[0] <= self.rates[0] <= self.rates[1] <= SPEEDS[1]:
             yield f"rates = {list(self.rates)}: give two of {SPEEDS[0]:g} … {SPEEDS[1]:g} frames per second, the lower one first"
-        if self.sample_every:
-            yield "sample_every is for flows; look at a checkpoint of svd with: reelflow train CONFIG.yaml --export"
+        if self.sample_every and not self.sample_pictures:
+            yield f"sample_every = {self.sample_every}: clips of which pictures? name files under sample_pictures"
+        for path in self.sample_pictures:
+            if not path.is_file():
+                yield f"sample_pictures: no file {path}"
 
     @classmethod
     def from_init(cls, init: str, values: dict[str, Any]) -> dict[str, Any]:

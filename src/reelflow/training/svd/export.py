@@ -13,7 +13,7 @@ from torch import Tensor
 from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import new_folder
 from reelflow.adapters.hub import resolve
-from reelflow.adapters.svd import CLIP_MEAN, CLIP_STD, PIPELINE, SCHEDULER
+from reelflow.adapters.svd import CLIP_MEAN, CLIP_STD, PIPELINE, SCHEDULER, Parts, clip_norm, open_scheduler
 from reelflow.adapters.text import no_progress_bar
 from reelflow.training import adapter
 from reelflow.training.svd.config import SvdConfig
@@ -48,6 +48,18 @@ def averaged_unet(trainer: Trainer[SvdObjective]) -> Any:
         copy = type(unet).from_config(unet.config)
     copy.load_state_dict({name: value.clone() for name, value in unet_state(trainer).items()}, assign=True)
     return copy.eval()
+
+
+def averaged_parts(trainer: Trainer[SvdObjective]) -> Parts:
+    """The model of the averaged weights as they stand, on the run's device; the trainer goes on untouched."""
+    from diffusers import EulerDiscreteScheduler
+
+    config, device = trainer.objective.config, trainer.device
+    vae, tower = open_vae(config, device), open_image_encoder(config, device)
+    scheduler, norm = EulerDiscreteScheduler(**SCHEDULER), (CLIP_MEAN, CLIP_STD)
+    if config.init:
+        scheduler, norm = open_scheduler(resolve(config.init)), clip_norm(resolve(config.init))
+    return Parts(config.about, averaged_unet(trainer).to(device), vae, tower, scheduler, *norm)
 
 
 def export(trainer: Trainer[SvdObjective], target: Path) -> Path:
@@ -103,4 +115,4 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["averaged_unet", "export", "unet_state"]
+__all__ = ["averaged_parts", "averaged_unet", "export", "unet_state"]
