@@ -56,10 +56,11 @@ def averaged_parts(trainer: Trainer[SvdObjective]) -> Parts:
 
     config, device = trainer.objective.config, trainer.device
     vae, tower = open_vae(config, device), open_image_encoder(config, device)
-    scheduler, norm = EulerDiscreteScheduler(**SCHEDULER), (CLIP_MEAN, CLIP_STD)
-    if config.init:
-        scheduler, norm = open_scheduler(resolve(config.init)), clip_norm(resolve(config.init))
-    return Parts(config.about, averaged_unet(trainer).to(device), vae, tower, scheduler, *norm)
+    unet = averaged_unet(trainer).to(device)
+    if not config.init:
+        return Parts(config.about, unet, vae, tower, EulerDiscreteScheduler(**SCHEDULER))
+    source = resolve(config.init)
+    return Parts(config.about, unet, vae, tower, open_scheduler(source), *clip_norm(source))
 
 
 def export(trainer: Trainer[SvdObjective], target: Path) -> Path:
