@@ -83,7 +83,8 @@ SVD = Kind(
     "the small VAE of Stable Video Diffusion", new_vae, AutoencoderKLTemporalDecoder.from_pretrained,
     lambda vae, fused: TemporalPass(vae), reconstruct, latents_of, note,
     VaeTraining(
-        pixels=16 * 64 * 64, shapes=((1, 64), (2, 64), (4, 64), (8, 64)), last_shapes=((1, 128), (4, 128), (14, 64)), last_share=0.35
+        pixels=16 * 64 * 64, shapes=((1, 64), (2, 64), (4, 64), (8, 64)), last_shapes=((1, 128), (4, 128), (14, 64)), last_share=0.35,
+        foreground=6, knee=0.1,
     ),
     frames=2,
 )  # fmt: skip
