@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from reelflow.clip import Clip
-from reelflow.data.toybox import canonical, scene_from_prompt
-from reelflow.evaluation.toybox import codec, generate, scenes, shown
+from reelflow.data.toybox import canonical, edit_pair, scene_from_prompt
+from reelflow.evaluation.toybox import EDITED, SEED, codec, edit, generate, scenes, shown
 from reelflow.pipelines.starflow import Sampling
 
 
@@ -53,6 +53,26 @@ def test_other_colours_are_seen() -> None:
     found = marks(lambda scene: Clip(np.ascontiguousarray(shown(scene).frames[..., ::-1]), 16))
     assert found["colour"] < 0.8, "green, purple and white are much the same with red and blue exchanged"
     assert found["motion"] > 0.8
+
+
+def test_an_edit_changes_what_was_asked_and_nothing_moves_otherwise() -> None:
+    pairs = [edit_pair(SEED, index) for index in range(50 * 8)]
+
+    def through(answer: Any) -> dict[str, float]:
+        def edited(clip: Clip, words: str, **settings: Any) -> Clip:
+            asked = (pair for pair in pairs if pair[2] == words)
+            before, after, _ = next(pair for pair in asked if np.array_equal(shown(pair[0], EDITED).frames, clip.frames))
+            return shown(answer(before, after), EDITED)
+
+        return edit(cast("Any", SimpleNamespace(edit=edited)), 8, Sampling())
+
+    assert set(through(lambda before, after: after).values()) == {1.0}, "also those that circle, which 17 frames do not tell"
+    unchanged = through(lambda before, after: before)
+    assert unchanged["motion"] == 1.0
+    assert unchanged["all"] == 0.0
+    elsewhere = through(lambda before, after: after.with_thing(0, x=128 - after.things[0].x, y=128 - after.things[0].y))
+    assert elsewhere["colour"] == elsewhere["shape"] == 1.0
+    assert elsewhere["motion"] == elsewhere["all"] < 0.5
 
 
 def test_scenes_are_what_a_prompt_can_say() -> None:

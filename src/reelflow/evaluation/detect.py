@@ -244,6 +244,12 @@ def matches(detections: Sequence[Detection], scene: Scene, size: bool = False) -
     return best
 
 
+def apart(one: Detection, other: Detection) -> float:
+    """Mean distance of two things in the frames where both are in full view, in pixels of their clips; infinity if there is none."""
+    both = one.present & other.present
+    return float(np.linalg.norm(one.track[both] - other.track[both], axis=1).mean()) if both.any() else np.inf
+
+
 def gaussian_blur(frames: Tensor, sigma: float) -> Tensor:
     """Float frames (F, H, W, C) softened by a Gaussian of `sigma` pixels; edges are repeated outwards."""
     reach = int(np.ceil(3 * sigma))

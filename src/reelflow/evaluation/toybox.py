@@ -29,7 +29,7 @@ from reelflow.data.scene import Scene, Split, sample_scene
 from reelflow.data.toybox import CLIP, canonical, edit_pair, impossible_twin, render
 from reelflow.denoise import denoise, tweedie
 from reelflow.evaluation import toybox_svd
-from reelflow.evaluation.detect import detect, matches
+from reelflow.evaluation.detect import apart, detect, matches
 from reelflow.likelihood import add_noise
 from reelflow.pipelines import Pipeline, load
 from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
@@ -38,6 +38,10 @@ from reelflow.sampling import Schedule
 
 SEED = 20_000
 """Of the scenes asked for; training uses others."""
+EDITED = 17
+"""Frames of a clip that is edited: too few to name every motion by."""
+NEAR = 8.0
+"""Pixels: half a latent place, less than the radius of a small thing."""
 Progress = Callable[[str, float], None]
 
 
@@ -133,11 +137,16 @@ def animate(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str,
 
 
 def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+    """`motion`: the thing is where it should be, to `NEAR` pixels on average; `all` has the size too where that was to change."""
     results = []
     pairs = (pair for pair in (edit_pair(SEED, index) for index in range(50 * count)) if len(pair[0].things) == 1 and pair[0].wall is None)
     for index, (before, after, words) in zip(range(count), pairs, strict=False):
-        clip = pipe.edit(shown(before, 17), words, seed=index, sampling=sampling)
-        results.append(matches(detect(clip.frames, 1), after))
+        made = pipe.edit(shown(before, EDITED), words, seed=index, sampling=sampling)
+        true, seen = detect(shown(after, EDITED).frames, 1), detect(made.frames, 1)
+        resized = before.things[0].size != after.things[0].size
+        result = matches(seen, after, resized) | {"motion": bool(seen) and apart(seen[0], true[0]) <= NEAR}
+        result["all"] = all(result[key] for key in ("colour", "shape", "motion", "background", *(("size",) if resized else ())))
+        results.append(result)
     return rates(results)
 
 
