@@ -48,3 +48,7 @@ def test_a_lora_that_is_none_is_named(run, tiny_model: Path, heart: Path) -> Non
     done = run("models", "merge", "mini", heart, "-o", "merged")
     assert (done.code, len(done.errors)) == (2, 1)
     assert "another architecture than mini" in done.errors[0]
+    Path("whole.safetensors").touch()
+    done = run("models", "merge", "whole.safetensors", heart, "-o", "merged")
+    assert (done.code, len(done.errors)) == (2, 1)
+    assert "whole.safetensors: a single file; adapters are merged into folders" in done.errors[0]

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reelflow
-from reelflow.adapters.lora import Lora
+from reelflow.adapters.lora import Lora, merge
 from reelflow.clip import Clip
 from reelflow.data.toybox import FPS, render, sample_scene, simulate
 from reelflow.pipelines.svd import Diffusion
@@ -314,6 +314,10 @@ def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp
     merged = SvdPipeline(replace(load_parts(whole), unet=averaged_unet(trainer))).animate(picture, seed=1, sampling=sampling)
     assert np.abs(adapted.frames.astype(int) - merged.frames).max() <= 2
     assert np.abs(adapted.frames.astype(int) - plain.frames).max() > 2
+    assert merge(whole, [(Lora.open(path), 1.0)], tmp_path / "merged").name == "tiny-svd-moves"
+    stored = reelflow.load(tmp_path / "merged", "cpu").animate(picture, seed=1, sampling=sampling)
+    assert np.abs(stored.frames.astype(int) - merged.frames).max() <= 3, "weights in half precision"
+    StableVideoDiffusionPipeline.from_pretrained(tmp_path / "merged")
 
 
 def test_samples_of_a_run_begin_with_the_pictures_it_names_and_leave_it_as_it_is(folder: Path, whole: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from reelflow.adapters.checkpoint import SHARD_BYTES, few, new_folder, read_weights, write_shards, written
+from reelflow.adapters.svd import is_svd, part_weights, read_about
 from reelflow.config import ModelConfig
 
 HEADER = "reelflow_lora"
@@ -123,8 +124,12 @@ def merge(
     Raises:
         ValueError: no model folder there, an adapter of another architecture, or the output exists.
     """
-    about = ModelConfig.read(model / "config.json")
-    weights = read_weights(model / "transformer")
+    if not model.is_dir():
+        raise ValueError(f"{model}: a single file; adapters are merged into folders (or are added as the model is used, with --lora)")
+    diffuses = is_svd(model)
+    part, stem = ("unet", "diffusion_pytorch_model") if diffuses else ("transformer", "model")
+    about = read_about(model) if diffuses else ModelConfig.read(model / "config.json")
+    weights = part_weights(model / part, stem)
     for lora, _ in loras:
         lora.require_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, about)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
@@ -139,10 +144,11 @@ def merge(
 
     merged = about.model_copy(update={"name": "-".join([about.name, *(lora.path.stem for lora, _ in loras)])})
     with new_folder(output) as folder:
-        skipped = shutil.ignore_patterns("model*.safetensors", "model.safetensors.index.json")
-        for part in sorted(path for path in model.iterdir() if path.is_dir()):
-            shutil.copytree(part, folder / part.name, ignore=skipped if part.name == "transformer" else None)
-        write_shards(sizes, read, folder / "transformer", SHARD_BYTES, progress=progress)
+        for path in sorted(path for path in model.iterdir() if path.is_dir()):
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("*.safetensors*") if path.name == part else None)
+        if diffuses:
+            shutil.copy(model / "model_index.json", folder)
+        write_shards(sizes, read, folder / part, SHARD_BYTES, stem, progress)
         merged.write(folder / "config.json")
         lines = "\n".join(f"- {lora.path.name}, weight {weight:g}: {json.dumps(lora.about)}" for lora, weight in loras)
         (folder / "README.md").write_text(f"# {merged.name}\n\n{about.name} revision {about.revision} with:\n\n{lines}\n", encoding="utf-8")

@@ -89,7 +89,7 @@ def load_part(folder: Path, part: str, device: str | torch.device = "cpu", dtype
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: a configuration of its parts cannot be used ({error})") from None
     stem = "model" if part == "image_encoder" else "diffusion_pytorch_model"
-    _fill(module, _part_weights(folder, stem, dtype != torch.float32), str(folder), device, dtype, part)
+    _fill(module, part_weights(folder, stem, dtype != torch.float32), str(folder), device, dtype, part)
     return module
 
 
@@ -218,7 +218,7 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], source: str, device:
     module.eval().requires_grad_(False)
 
 
-def _part_weights(folder: Path, stem: str, half: bool) -> Mapping[str, Tensor]:
+def part_weights(folder: Path, stem: str, half: bool = False) -> Mapping[str, Tensor]:
     """The weights of a part: of the variant fp16 where that is enough, or all there is."""
     stems = [f"{stem}.fp16", stem] if half else [stem, f"{stem}.fp16"]
     held = [name for name in stems if any(folder.glob(f"{name}.safetensors*"))]
