@@ -32,8 +32,9 @@ from reelflow.training.run import write_result
 from reelflow.training.samples import write_samples
 from reelflow.training.shards import PreparedLatents
 from reelflow.training.svd.config import SvdConfig
-from reelflow.training.svd.data import PreparedShows, motion_strength, speeds
+from reelflow.training.svd.data import motion_strength, speeds
 from reelflow.training.svd.objective import SvdFeed, target
+from reelflow.training.svd.shows import PreparedShows, RawShows, Shown
 
 SCRIPT = Path(__file__).with_name("svd_run.py")
 small = runpy.run_path(str(SCRIPT))
@@ -156,6 +157,32 @@ def test_rows_are_as_they_were_prepared(folder: Path) -> None:
             assert rate / stride >= 3
             strides.add(stride)
     assert len(strides) > 1
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_clips_that_are_not_prepared_give_the_same_rows(folder: Path, tmp_path: Path, posterior: str) -> None:
+    data = {"toybox": {"count": 3}, "frames": 9, "posterior": posterior}
+    ready = small["write"](tmp_path, data=data)
+    prepared, raw = PreparedShows(ready), RawShows(settings(tmp_path, data=data, latents=None), tmp_path / "run")
+    assert raw.states == prepared.states
+    for step in (0, 1, 5, 1):
+        ours, theirs = raw(step), prepared(step)
+        assert ours.size == theirs.size
+        for row in range(ours.size):
+            for name, one, other in zip(Shown._fields, ours.row(row), theirs.row(row), strict=True):
+                tolerance = 0 if name == "ids" else 0.02 * float(other.abs().max())  # what is prepared is kept in bfloat16
+                torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=tolerance, msg=name)
+    raw.close()
+
+
+def test_a_run_on_clips_that_are_not_prepared_ends_in_a_model_that_loads(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, latents=None, stages=[{"steps": 2, "buckets": [{"frames": 3, "batch": 2}]}])
+    trainer = make(config, tmp_path / "run")
+    trainer.run()
+    trainer.feed.source.close()
+    found = write_result(trainer)
+    clip = reelflow.load(found, "cpu").animate(render([sample_scene(1, 2)], 1, 64)[0, 0].numpy(), seed=1, sampling=Diffusion(steps=1))
+    assert clip.frames.shape == (4, 64, 64, 3)
 
 
 def test_recorded_clips_are_played_at_their_rate(tmp_path: Path, folder: Path) -> None:
@@ -339,7 +366,7 @@ def test_samples_of_a_run_begin_with_the_pictures_it_names_and_leave_it_as_it_is
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"latents": None}, "svd is trained on prepared latents; name their folder with latents"),
+        ({"latents": None, "data": None}, "nothing to train on; say under data where the clips are, or give latents"),
         ({"unet": {}}, "which UNet? give its settings under unet"),
         ({"rates": [10, 3]}, "rates = [10.0, 3.0]: give two of 3 … 30"),
         ({"shards": 2}, "every rank of svd holds all weights; leave out shards and offload"),

@@ -60,9 +60,9 @@ def open_source(config: TrainConfig | SvdConfig, folder: Path, ranks: Ranks) -> 
     """Where the batches of a run come from. Raises ValueError for data that do not fit."""
     if isinstance(config, TrainConfig):
         return open_batches(config, folder, ranks.device, ranks.rank, ranks.count)
-    from reelflow.training.svd.data import PreparedShows
+    from reelflow.training.svd.shows import open_shows
 
-    return PreparedShows(config)
+    return open_shows(config, folder, ranks.device, ranks.rank, ranks.count)
 
 
 def open_objective(config: TrainConfig | SvdConfig, source: Any, ranks: Ranks) -> Any:

@@ -63,8 +63,8 @@ class SvdConfig(RunConfig):
     ema: float = Field(0.9999, ge=0, lt=1)
 
     def wrong(self) -> Iterator[str]:
-        if self.latents is None:
-            yield "svd is trained on prepared latents; name their folder with latents, and run: reelflow train prepare CONFIG.yaml"
+        if self.latents is None and self.data is None:
+            yield "nothing to train on; say under data where the clips are, or give latents that were prepared"
         yield from super().wrong()
         if self.shards not in (None, 1) or self.offload:
             yield "every rank of svd holds all weights; leave out shards and offload"

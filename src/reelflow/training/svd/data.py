@@ -9,8 +9,7 @@
     i.speed         (F − 1,): movement from frame to frame, see `speeds`
     i.rate          frames per second
 
-so that training needs neither VAE nor CLIP. A row of a batch is every s-th frame from one of the K pictures on, shown at rate / s;
-s and the picture are drawn among those that give enough frames at no less than the lowest rate.
+so that training needs neither VAE nor CLIP. `svd.shows` makes batches of that, or of the clips themselves by the same means.
 
 **Motion strength** is 1 + 254 · min(1, v), v the movement in sides of the frame per second, averaged over the row. It is per second,
 not per frame: at one motion strength, things move less from frame to frame the higher the rate.
@@ -22,10 +21,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,12 +38,11 @@ from reelflow.data.scene import FPS, Scene
 from reelflow.data.source import Media, Sample
 from reelflow.data.toybox import render
 from reelflow.pipelines.svd.picture import UNIT, VIEW, clip_view
-from reelflow.training.batches import Plan, Planner
 from reelflow.training.encoder import PIXELS, Lengths
-from reelflow.training.shards import Prepared, PreparedLatents, fingerprint, require_fit
+from reelflow.training.shards import Prepared, fingerprint
 from reelflow.training.svd.codec import TemporalPass
 from reelflow.training.svd.config import SPEEDS, SvdConfig
-from reelflow.training.svd.model import TOWER, codec_of, new_image_encoder, open_image_encoder, open_vae
+from reelflow.training.svd.model import TOWER, new_image_encoder, open_image_encoder, open_vae
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,11 @@ class Played(View):
         return super()._decode(key, media, start, length, sieve)
 
 
+def to_pixels(piece: Piece) -> Tensor:
+    """(F, 3, H, W), −1 … 1."""
+    return torch.from_numpy(piece.frames[0]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def speeds(pixels_F3HW: Tensor) -> Tensor:
     """Movement from each frame to the next, (F − 1,), in sides of the frame (√(H·W)).
 
@@ -109,14 +111,13 @@ class SvdKeeper:
 
     def __init__(self, config: SvdConfig, device: str | torch.device):
         assert config.data is not None
-        assert config.latents is not None
         self.config, self.data, self.device = config, config.data, torch.device(device)
         self.codec = TemporalPass(open_vae(config, device))
         if config.init:
             self.tower, self.norm = open_image_encoder(config, device), clip_norm(resolve(config.init))
         else:
             self.tower, self.norm = new_image_encoder(config), (CLIP_MEAN, CLIP_STD)
-            if not (config.latents / TOWER).is_dir():
+            if config.latents and not (config.latents / TOWER).is_dir():
                 with no_progress_bar():
                     self.tower.save_pretrained(str(config.latents / TOWER))
             self.tower.to(self.device)
@@ -133,35 +134,42 @@ class SvdKeeper:
         """This family reads no text."""
         return {}
 
-    @torch.no_grad()
     def encode(self, pieces: list[tuple[Sample, Piece]]) -> list[Prepared]:
         return [self._one(sample.key, piece) for sample, piece in pieces]
 
     def _one(self, key: str, piece: Piece) -> Prepared:
-        frames = torch.from_numpy(piece.frames[0])
-        pixels = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean, log_variance = self._moments(pixels)
-        shown = pixels[:: self.config.starts]
+        pixels = to_pixels(piece)
+        mean, std = self.posterior(pixels)
+        noise, pictures = self.pictures(key, pixels)
+        more = {
+            "picture": self.posterior(pictures)[0].to(torch.bfloat16),
+            "states": self.embedded(pixels[:: self.config.starts]).to(torch.bfloat16),
+            "noise": noise, "speed": speeds(pixels), "rate": torch.tensor(self.view.rate(key)),
+        }  # fmt: skip
+        return Prepared(key, (), piece.aspect, mean[None], std[None] if self.data.posterior == "sample" else None, more)
+
+    def pictures(self, key: str, pixels_F3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Every `starts`-th frame with noise added: its standard deviations (K,), and pixels (K, 3, H, W)."""
+        shown = pixels_F3HW[:: self.config.starts]
         generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"{self.config.seed} {key}".encode()).digest()[:7]))
         noise = (self.config.noise_mean + self.config.noise_std * torch.randn(len(shown), generator=generator)).exp()
-        picture, _ = self._moments(shown + noise[:, None, None, None] * torch.randn(shown.shape, generator=generator))
-        views = [clip_view(some.to(self.device), *self.norm) for some in shown.split(8)]
-        states = torch.cat([self.tower(view).image_embeds.cpu() for view in views])
-        std = (0.5 * log_variance.clamp(-30, 20)).exp()[None] if self.data.posterior == "sample" else None
-        more = {
-            "picture": picture.to(torch.bfloat16), "states": states.to(torch.bfloat16), "noise": noise,
-            "speed": speeds(pixels), "rate": torch.tensor(self.view.rate(key)),
-        }  # fmt: skip
-        return Prepared(key, (), piece.aspect, mean[None], std, more)
+        return noise, shown + noise[:, None, None, None] * torch.randn(shown.shape, generator=generator)
 
-    def _moments(self, pixels_F3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (F, C, h, w) on the CPU, some frames at a time."""
+    @torch.no_grad()
+    def embedded(self, pixels_K3HW: Tensor) -> Tensor:
+        """CLIP's embedding (K, E), on the CPU."""
+        views = [clip_view(some.to(self.device), *self.norm) for some in pixels_K3HW.split(8)]
+        return torch.cat([self.tower(view).image_embeds.cpu() for view in views])
+
+    @torch.no_grad()
+    def posterior(self, pixels_F3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (F, C, h, w) on the CPU, some frames at a time."""
         found = []
         for some in pixels_F3HW.split(max(1, PIXELS // pixels_F3HW[0, 0].numel())):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 found.append(self.codec.encode(some.to(self.device).transpose(0, 1)[None])[0].transpose(0, 1).float().cpu())
         mean, log_variance = torch.cat(found).chunk(2, 1)
-        return mean, log_variance
+        return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
 
 
 def aspects_of(config: SvdConfig) -> tuple[str, ...]:
@@ -171,69 +179,4 @@ def aspects_of(config: SvdConfig) -> tuple[str, ...]:
     return ("1:1",) if isinstance(side, list) and side[0] == side[1] else ("16:9", "9:16")
 
 
-class Shown(NamedTuple):
-    """A row of a batch."""
-
-    latents: Tensor
-    """(F, C, h, w), scaled."""
-    picture: Tensor
-    """(C, h, w), not scaled."""
-    states: Tensor
-    """(E,)."""
-    ids: Tensor
-    """fps − 1, motion, noise of the picture."""
-
-
-class Shows(NamedTuple):
-    """A batch: its rows, each made when it is asked for."""
-
-    row: Callable[[int], Shown]
-    size: int
-
-
-class PreparedShows:
-    """Batches from what was prepared. `source(step)` is a function of (seed, step) alone, whatever was asked before.
-
-    Raises:
-        ValueError: nothing is prepared, it does not fit the model, or a bucket for which no clip is long enough.
-    """
-
-    def __init__(self, config: SvdConfig):
-        assert config.latents is not None
-        codec = codec_of(config)
-        require_fit(config.latents, seen_by(config))
-        self.config, self.scaling, self.prepared = config, codec.scaling, PreparedLatents(config.latents)
-        self.planner = Planner(config, self.prepared.entries, config.latents)
-        self.states = self.prepared.tensor(self.prepared.entries[0], "states").shape[1]
-        """Channels of CLIP's embedding."""
-        self.sampled = config.data is not None and config.data.posterior == "sample"
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
-
-    def __call__(self, step: int) -> Shows:
-        plan = self.planner.plan(step)
-        return Shows(lambda row: self._row(plan, row), len(plan.draws))
-
-    def _row(self, plan: Plan, row: int) -> Shown:
-        entry, _ = next(self.planner.draw(plan.bucket, plan.aspect, plan.draws[row]))
-        rng = np.random.default_rng((self.config.seed, plan.step, row, 2))
-        rate, steps, hop = float(self.prepared.tensor(entry, "rate")), plan.bucket.frames - 1, self.config.starts
-        usable = [s for s in range(1, (entry.frames - 1) // steps + 1) if s == 1 or rate / s >= self.config.rates[0]]
-        stride = usable[int(rng.integers(len(usable)))]
-        place = int(rng.integers((entry.frames - 1 - steps * stride) // hop + 1))
-        start, span = place * hop, steps * stride
-        mean, std = (None if x is None else x[0, ::stride] for x in self.prepared.read(entry, start, span + 1))
-        assert mean is not None
-        if self.sampled:
-            if std is None:
-                raise ValueError(f"{entry.file}: holds means without deviations; use data.posterior=mean, or prepare the data anew")
-            seed = np.random.SeedSequence((self.config.seed, plan.step, row, 1)).generate_state(1)[0]
-            mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(seed)))
-        picture, states, noise, speed = (self.prepared.tensor(entry, name) for name in ("picture", "states", "noise", "speed"))
-        motion = motion_strength(float(speed[start : start + span].mean()) * rate)
-        ids = torch.tensor([rate / stride - 1, motion, float(noise[place])])
-        return Shown(mean * self.scaling, picture[place], states[place], ids)
-
-
-__all__ = ["PreparedShows", "Shown", "Shows", "SvdKeeper", "motion_strength", "speeds"]
+__all__ = ["SvdKeeper", "motion_strength", "seen_by", "speeds", "to_pixels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +62,10 @@ def new_image_encoder(config: SvdConfig) -> Any:
 
 
 def open_image_encoder(config: SvdConfig, device: str | torch.device = "cpu") -> Any:
-    """The CLIP tower, frozen, float32: of `init`, or that which preparation left beside the latents."""
-    assert config.latents is not None
-    folder = resolve(config.init) if config.init else config.latents
+    """The CLIP tower, frozen, float32: of `init`, or that which preparation left beside the latents, or where nothing is prepared new."""
+    if not config.init and config.latents is None:
+        return new_image_encoder(config).to(device)
+    folder = resolve(config.init) if config.init else Path(config.latents or "")
     if not (folder / TOWER).is_dir():
         raise ValueError(f"{folder}: no {TOWER} beside the latents; prepare them with: reelflow train prepare CONFIG.yaml")
     return load_part(folder / TOWER, TOWER, device)

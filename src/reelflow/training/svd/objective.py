@@ -24,7 +24,7 @@ from reelflow.training.feed import Feed, Source, row_generator
 from reelflow.training.parallel import Ranks
 from reelflow.training.svd.blocks import activation
 from reelflow.training.svd.config import SvdConfig
-from reelflow.training.svd.data import Shows
+from reelflow.training.svd.shows import Shows
 from reelflow.training.svd.unet import flops, trained, velocity
 
 
