@@ -1,6 +1,7 @@
 """Stable Video Diffusion against diffusers' pipeline: same random weights, picture, seed and steps, in one process, taking turns.
 
-    python benchmarks/svd.py [--steps 10] [--frames 14] [--size 256x128] [--repeats 2] [--threads 2] [--model FOLDER] [--json FILE]
+    python benchmarks/svd.py [--steps 10] [--frames 14] [--size 256x128] [--repeats 2] [--threads 2] [--precision bfloat16]
+                             [--model FOLDER] [--json FILE]
 
 What `reelflow bench svd --against-diffusers` does, of a random model: 61.7 M parameters in its UNet, 24.5 M in its VAE and 5.6 M in
 CLIP; its weights say nothing of quality. Seconds are wall clock; `CPU` is the processor time of all threads, which a busy machine
@@ -47,6 +48,13 @@ def random_parts() -> Parts:
     return Parts(about, unet.eval(), vae.eval(), CLIPVisionModelWithProjection(config).eval(), EulerDiscreteScheduler(**SCHEDULER))
 
 
+def cast(parts: Parts, dtype: torch.dtype) -> Parts:
+    """In place, as models are loaded: the VAE's encoder stays in float32."""
+    for module in (parts.unet, parts.image_encoder, parts.vae.decoder):
+        module.to(dtype)
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a model to measure instead of the random one")
@@ -54,13 +62,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=14, help="(default: 14)")
     parser.add_argument("--size", default="256x128", help="WIDTHxHEIGHT (default: 256x128)")
     parser.add_argument("--repeats", type=int, default=1, help="timings of each, from 1; the quickest counts (default: 1)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of both (default: float32)")
     parser.add_argument("--threads", type=int, help="of the processor (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     width, height = map(int, options.size.split("x"))
-    parts = load_parts(options.model) if options.model else random_parts()
+    dtype = getattr(torch, options.precision)
+    parts = load_parts(options.model, dtype=dtype) if options.model else cast(random_parts(), dtype)
     results = [measure(parts, options.frames, (width, height), steps, options.repeats, against=True) for steps in options.steps]
     print("\n\n".join(map(table, results)))
     if options.json:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reelflow.adapters.svd import load_parts
 from reelflow.pipelines.svd import Diffusion, SvdPipeline, blocks
 from reelflow.pipelines.svd.attention import SelfAttention, Transformer
-from reelflow.pipelines.svd.blocks import Columns, Convolution, Given, Residual, Upsample
+from reelflow.pipelines.svd.blocks import Columns, Convolution, Given, Residual, Upsample, group_norm
 from reelflow.pipelines.svd.decoder import Decoder
 from reelflow.pipelines.svd.unet import Denoiser
 
@@ -182,3 +182,17 @@ def test_nothing_of_the_sources_is_held_twice() -> None:
     denoiser = Denoiser(unet)
     assert any(parameter.data_ptr() in shared for parameter in denoiser.parameters())
     assert sum(parameter.numel() for parameter in denoiser.parameters()) < 1.05 * held
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 4, 8), (2, 320, 4, 4), (1, 640, 2, 4), (1, 64, 32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_any_shape_stay_channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    norm = nn.GroupNorm(32, shape[1])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(shape) + 2).to(dtype).contiguous(memory_format=torch.channels_last)
+    found = group_norm(x, norm.to(dtype), 1e-5)
+    wanted = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), 1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    close = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), wanted, atol=close, rtol=close)
