@@ -3,7 +3,7 @@
     python benchmarks/svd.py [--steps 10] [--frames 14] [--size 256x128] [--repeats 2] [--threads 2] [--precision bfloat16]
                              [--model FOLDER] [--json FILE]
 
-What `reelflow bench svd --against-diffusers` does, of a random model: 61.7 M parameters in its UNet, 24.5 M in its VAE and 5.6 M in
+What `reelflow bench svd --against-diffusers` does, of a random model: 61.7 M parameters in its UNet, 24.5 M in its VAE and 4.0 M in
 CLIP; its weights say nothing of quality. Seconds are wall clock; `CPU` is the processor time of all threads, which a busy machine
 changes less.
 """

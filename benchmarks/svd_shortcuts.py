@@ -41,7 +41,7 @@ def decibels(one: Clip, other: Clip) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini-svd", help="name or folder (default: mini-svd)")
+    parser.add_argument("--model", required=True, help="folder or name of a trained model")
     parser.add_argument("--pictures", type=int, default=8, help="from 1 (default: 8)")
     parser.add_argument("--frames", type=int, help="(default: the trained number)")
     parser.add_argument("--threads", type=int, help="of the processor (default: all)")

@@ -18,11 +18,14 @@ from reelflow.adapters.text import TextEncoder, load_text_encoder
 from reelflow.training.batches import Batch, CachedLatents, PreparedText, PromptPlanner, needed
 from reelflow.training.config import TrainConfig
 from reelflow.training.latents import prepare
-from reelflow.training.raw import RawClips, open_batches
+from reelflow.training.parallel import Ranks
+from reelflow.training.raw import RawClips
+from reelflow.training.run import open_source
 from reelflow.training.shards import Entry, PreparedLatents, shard_path
 
 configure = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["configure"]
 SOURCES = ("prepared", "raw")
+ALONE = Ranks(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def test_a_bucket_without_clips_that_long(settings: dict[str, TrainConfig]) -> N
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_batch_follows_from_the_step(settings: dict[str, TrainConfig], tmp_path: Path, kind: str) -> None:
     """Steps in order, as a run asks, and any other way, as one that is resumed does: bit by bit the same."""
-    first, second = (open_batches(settings[kind], tmp_path) for _ in range(2))
+    first, second = (open_source(settings[kind], tmp_path, ALONE) for _ in range(2))
     wanted = [first(step) for step in range(6)]
     assert {len(batch.prompts) for batch in wanted} == {2, 3}
     for step in (4, 5, 1):
@@ -125,7 +128,7 @@ def test_a_batch_follows_from_the_step(settings: dict[str, TrainConfig], tmp_pat
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_rows_have_the_shape_of_their_aspect(settings: dict[str, TrainConfig], tmp_path: Path, kind: str) -> None:
-    source = open_batches(settings[kind], tmp_path)
+    source = open_source(settings[kind], tmp_path, ALONE)
     shapes = set()
     for step in range(20):
         batch = source(step)
@@ -258,7 +261,7 @@ def test_what_is_not_all_prepared_is_said(settings: dict[str, TrainConfig], late
     manifest = json.loads((folder / "prepared.json").read_text())
     (folder / "prepared.json").write_text(json.dumps(manifest | {"parts": 3}))
     with pytest.warns(UserWarning, match="2 parts of the data are not prepared yet"):
-        open_batches(settings["prepared"].model_copy(update={"latents": folder}), tmp_path)
+        open_source(settings["prepared"].model_copy(update={"latents": folder}), tmp_path, ALONE)
 
 
 # ----------------------------------------------------------------------------------------------------------------- text states

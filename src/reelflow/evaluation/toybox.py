@@ -18,6 +18,7 @@ What is asked of a Stable Video Diffusion, `toybox_svd` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,9 +145,8 @@ def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, fl
         made = pipe.edit(shown(before, EDITED), words, seed=index, sampling=sampling)
         true, seen = detect(shown(after, EDITED).frames, 1), detect(made.frames, 1)
         resized = before.things[0].size != after.things[0].size
-        result = matches(seen, after, resized) | {"motion": bool(seen) and apart(seen[0], true[0]) <= NEAR}
-        result["all"] = all(result[key] for key in ("colour", "shape", "motion", "background", *(("size",) if resized else ())))
-        results.append(result)
+        named = [replace(one, motion=after.things[0].motion if apart(one, true[0]) <= NEAR else "elsewhere") for one in seen]
+        results.append(matches(named, after, resized))
     return rates(results)
 
 

@@ -1,6 +1,6 @@
 """How well a Stable Video Diffusion knows toybox: pictures of things set in motion, read back by the detector.
 
-    reelflow evaluate toybox --model mini-svd --count 128
+    reelflow evaluate toybox --model runs/mini_svd/model --count 128
 
 Every picture and seed is fixed, so a number is a number of the model. What is asked of clips of 14 frames:
 

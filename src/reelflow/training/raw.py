@@ -5,7 +5,6 @@ Shapes: F latent frames, C channels, h × w places.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +20,10 @@ from reelflow.data.decode import Measure, Piece, View
 from reelflow.data.failures import Failures, UnusableError
 from reelflow.data.opening import copied, open_sources
 from reelflow.data.source import Joined, Sample
-from reelflow.training.batches import Batch, CachedLatents, Plan, Planner, PromptPlanner, Rows, finish, needed
+from reelflow.training.batches import Batch, Plan, Planner, PromptPlanner, Rows, finish, needed
 from reelflow.training.config import AnyBucket, RunConfig, TrainConfig
 from reelflow.training.encoder import Encoder, Lengths, view_of
-from reelflow.training.shards import Entry, unfinished
+from reelflow.training.shards import Entry
 
 
 class Pieces:
@@ -178,30 +177,3 @@ class RawClips(Pieces):
         mean, std = (values[:, int(drop) :].split(each) for values in found)
         sampled = self.data.posterior == "sample"
         return [finish(self.config, plan, row, mean[i], std[i] if sampled else None, drop) for i, row in enumerate(rows)]
-
-
-Batches = CachedLatents | RawClips
-"""`source(step)`, all its captions, and the text encoder with what was prepared for it; to be closed."""
-
-
-def open_batches(
-    config: TrainConfig, folder: Path, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1
-) -> Batches:
-    """Where the batches of a run come from: `latents`, where they were prepared, else the clips of `data`.
-
-    Args:
-        folder: of the run.
-    """
-    if config.latents is None:
-        return RawClips(config, folder, device, rank, ranks)
-    source = CachedLatents(config)
-    if rank == 0:
-        warn_unfinished(config.latents)
-    return source
-
-
-def warn_unfinished(latents: Path) -> None:
-    """Say that preparation stopped before its end."""
-    if missing := unfinished(latents):
-        note = f"{latents}: {missing} parts of the data are not prepared yet; reelflow train prepare goes on where it stopped"
-        warnings.warn(note, UserWarning, stacklevel=3)

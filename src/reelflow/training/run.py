@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -13,12 +14,14 @@ from reelflow.adapters.hub import part_folder
 from reelflow.adapters.text import TextEncoder, load_text_encoder
 from reelflow.config import ModelConfig
 from reelflow.training import adapter, parallel
+from reelflow.training.batches import CachedLatents
 from reelflow.training.config import TextConfig, TrainConfig
 from reelflow.training.export import export
 from reelflow.training.flow import FlowObjective
 from reelflow.training.parallel import Ranks
-from reelflow.training.raw import Batches, open_batches
+from reelflow.training.raw import RawClips
 from reelflow.training.samples import write_samples
+from reelflow.training.shards import unfinished
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 
@@ -57,12 +60,27 @@ def run(
 
 
 def open_source(config: TrainConfig | SvdConfig, folder: Path, ranks: Ranks) -> Any:
-    """Where the batches of a run come from. Raises ValueError for data that do not fit."""
-    if isinstance(config, TrainConfig):
-        return open_batches(config, folder, ranks.device, ranks.rank, ranks.count)
-    from reelflow.training.svd.shows import open_shows
+    """Where the batches of a run come from: `latents`, where they were prepared, else the clips of `data`.
 
-    return open_shows(config, folder, ranks.device, ranks.rank, ranks.count)
+    Args:
+        folder: of the run.
+
+    Raises:
+        ValueError: data that do not fit.
+    """
+    prepared: Any = CachedLatents
+    raw: Any = RawClips
+    if not isinstance(config, TrainConfig):
+        from reelflow.training.svd.shows import PreparedShows, RawShows
+
+        prepared, raw = PreparedShows, RawShows
+    if config.latents is None:
+        return raw(config, folder, ranks.device, ranks.rank, ranks.count)
+    source = prepared(config)
+    if ranks.first and (missing := unfinished(config.latents)):
+        note = f"{config.latents}: {missing} parts of the data are not prepared yet; reelflow train prepare goes on where it stopped"
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return source
 
 
 def open_objective(config: TrainConfig | SvdConfig, source: Any, ranks: Ranks) -> Any:
@@ -90,7 +108,7 @@ def write_result(trainer: Trainer[Any]) -> Path:
     return svd.export(trainer, trainer.folder / "model")
 
 
-def open_text(config: TrainConfig, source: Batches, device: torch.device) -> TextEncoder:
+def open_text(config: TrainConfig, source: CachedLatents | RawClips, device: torch.device) -> TextEncoder:
     """The text encoder of a configuration. Raises ValueError where it does not fit the flow."""
     tokens = config.flow.text_tokens
     if isinstance(config.text, TextConfig):

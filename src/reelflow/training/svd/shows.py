@@ -19,7 +19,7 @@ from torch import Tensor
 from reelflow.data.decode import Piece
 from reelflow.training.batches import Plan, Planner
 from reelflow.training.config import AnyBucket
-from reelflow.training.raw import Pieces, warn_unfinished
+from reelflow.training.raw import Pieces
 from reelflow.training.shards import Entry, PreparedLatents, require_fit
 from reelflow.training.svd.config import SvdConfig
 from reelflow.training.svd.data import SvdKeeper, motion_strength, seen_by, speeds, to_pixels
@@ -72,8 +72,8 @@ def drawn(config: SvdConfig, plan: Plan, row: int, mean: Tensor, std: Tensor) ->
 
 
 def told(choice: Choice, rate: float, speed: Tensor, noise: Tensor) -> Tensor:
-    """fps − 1, motion, noise of the picture."""
-    motion = motion_strength(float(speed[choice.start : choice.start + choice.span].mean()) * rate)
+    """fps − 1, motion, noise of the picture. speed: of the frames that the row spans."""
+    motion = motion_strength(float(speed.mean()) * rate)
     return torch.tensor([rate / choice.stride - 1, motion, float(noise[choice.place])])
 
 
@@ -113,7 +113,7 @@ class PreparedShows:
             if std is None:
                 raise ValueError(f"{entry.file}: holds means without deviations; use data.posterior=mean, or prepare the data anew")
             mean = drawn(self.config, plan, row, mean, std)
-        ids = told(choice, float(rates), speed, noise)
+        ids = told(choice, float(rates), speed[choice.start : choice.start + choice.span], noise)
         return Shown(mean * self.scaling, picture[choice.place], states[choice.place], ids)
 
 
@@ -123,11 +123,10 @@ class RawShows(Pieces):
     def __init__(self, config: SvdConfig, folder: Path, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1):
         self.config, self.scaling, self.keeper = config, codec_of(config).scaling, SvdKeeper(config, device)
         self.states = self.keeper.tower.config.projection_dim
-        self.frames = self.keeper.lengths.clips
         super().__init__(config, folder, self.keeper.view, self.keeper.lengths, Planner, rank, ranks)
 
     def taken(self, bucket: AnyBucket) -> int:
-        return self.frames
+        return self.keeper.lengths.clips
 
     def __call__(self, step: int) -> Shows:
         plan, found = self.decoded(step)
@@ -140,25 +139,14 @@ class RawShows(Pieces):
     def _row(self, plan: Plan, row: int, entry: Entry, piece: Piece) -> Shown:
         keeper, pixels, rate = self.keeper, to_pixels(piece), self.keeper.view.rate(entry.key)
         choice = choose(self.config, plan, row, len(pixels), rate)
-        mean, std = keeper.posterior(pixels[choice.start : choice.start + choice.span + 1 : choice.stride])
+        spanned = pixels[choice.start : choice.start + choice.span + 1]
+        mean, std = keeper.posterior(spanned[:: choice.stride])
         if self.data.posterior == "sample":
             mean = drawn(self.config, plan, row, mean, std)
         noise, pictures = keeper.pictures(entry.key, pixels)
-        picture = keeper.posterior(pictures[choice.place, None])[0][0]
-        states = keeper.embedded(pixels[choice.start, None])[0]
-        return Shown(mean * self.scaling, picture, states, told(choice, rate, speeds(pixels), noise))
+        picture = keeper.posterior(pictures[choice.place : choice.place + 1])[0][0]
+        states = keeper.embedded(spanned[:1])[0]
+        return Shown(mean * self.scaling, picture, states, told(choice, rate, speeds(spanned), noise))
 
 
-def open_shows(
-    config: SvdConfig, folder: Path, device: str | torch.device = "cpu", rank: int = 0, ranks: int = 1
-) -> PreparedShows | RawShows:
-    """Where the batches of a run come from: `latents`, where they were prepared, else the clips of `data`. folder: of the run."""
-    if config.latents is None:
-        return RawShows(config, folder, device, rank, ranks)
-    source = PreparedShows(config)
-    if rank == 0:
-        warn_unfinished(config.latents)
-    return source
-
-
-__all__ = ["PreparedShows", "RawShows", "Shown", "Shows", "open_shows"]
+__all__ = ["PreparedShows", "RawShows", "Shown", "Shows"]
