@@ -149,6 +149,8 @@ class ModelConfig(Strict):
     latent_scale: float = Field(1.0, gt=0)
     """Latent frames after the first are multiplied by this before the flow (0.6 for STARFlow-V)."""
     guidance: float = Field(3.5, ge=0)
+    temperature: float = Field(1.0, ge=0, le=1)
+    """Standard deviation of the noise that a flow's clips are made from: below 1 the likelier clips, less various."""
     tasks: tuple[Literal["generate", "animate", "edit", "extend"], ...] = ("generate", "animate", "extend")
     """What it was trained for; likelihood and inversion work for every flow."""
     prompt: PromptConfig = PromptConfig()

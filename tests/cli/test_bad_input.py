@@ -82,6 +82,7 @@ BAD = {
     "seconds it has": (["extend", "good.mp4", "--seconds", "0.5"], "1.12 s long already", "more than that"),
     "guidance": (["generate", "x", "--guidance", "nan"], "guidance nan", "give a number ≥ 0"),
     "negative guidance": (["generate", "x", "--guidance", "-1"], "guidance -1", "give a number ≥ 0"),
+    "temperature": (["generate", "x", "--temperature", "2"], "temperature 2", "from 0 to 1"),
     "tolerance": (["generate", "x", "--tolerance", "5"], "tolerance 5", "from 0 (exact) to 0.1"),
     "tolerance that is no number": (["score", "good.mp4", "--tolerance", "nan"], "tolerance nan", "from 0"),
     "seed": (["generate", "x", "--seed", "-1"], "seed -1", "give a whole number from 0"),

@@ -65,10 +65,13 @@ def test_options_reach_the_sampler(run, tiny_model: Path, tmp_path: Path) -> Non
         "cpu",
         "--seconds",
         0.6,
+        "--temperature",
+        0.5,
     )
     said = json.loads(run("generate", "x", "--model", tiny_model, "-o", "a.gif", "--json", "--guidance", 2, *options).out)
     assert said["settings"] == {
-        "frames": 5, "aspect": "1:1", "guidance": 2.0, "denoise": False, "ring": True, "sampler": "sequential", "tolerance": 0.01,
+        "frames": 5, "aspect": "1:1", "guidance": 2.0, "temperature": 0.5, "denoise": False, "ring": True, "sampler": "sequential",
+        "tolerance": 0.01,
         "precision": "bfloat16",
     }  # fmt: skip
     assert said["reports"]["deep"]["passes"] == 32, "one pass a token"

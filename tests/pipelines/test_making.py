@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,24 @@ def test_without_a_seed_one_is_drawn_and_stored(pipe: StarFlowPipeline) -> None:
 def test_prompt_and_guidance_matter(pipe: StarFlowPipeline, source: Clip) -> None:
     assert difference(pipe.generate("make the box blue", seed=1), source) > 5
     assert difference(pipe.generate("a red ball", seed=1, sampling=Sampling(guidance=4.0)), source) > 5
+
+
+def test_temperature_is_the_deviation_of_the_noise(pipe: StarFlowPipeline) -> None:
+    """1 is what a model without one does; at 0 every seed is one clip; the model's own stands for none."""
+
+    def made(pipe: StarFlowPipeline, seed: int, temperature: float | None) -> np.ndarray:
+        clip = pipe.generate("a red ball", seed=seed, sampling=Sampling(temperature=temperature))
+        assert clip.metadata["settings"]["temperature"] == (pipe.about.temperature if temperature is None else temperature)
+        return clip.frames
+
+    assert np.array_equal(made(pipe, 1, 1.0), made(pipe, 1, None))
+    assert not np.array_equal(made(pipe, 1, 0.5), made(pipe, 1, 1.0))
+    assert np.array_equal(made(pipe, 1, 0.0), made(pipe, 2, 0.0))
+    cooler = copy(pipe)
+    cooler.about = pipe.about.model_copy(update={"temperature": 0.5})
+    assert np.array_equal(made(cooler, 1, None), made(pipe, 1, 0.5))
+    streamed = np.concatenate([piece.frames for piece in cooler.stream("a red ball", seed=1)])
+    assert np.abs(streamed.astype(int) - made(pipe, 1, 0.5)).max() <= 1
 
 
 def test_every_sampler_gives_the_same_latents(pipe: StarFlowPipeline) -> None:
@@ -287,6 +306,12 @@ def test_how_it_was_made_survives_the_file(source: Clip, tmp_path: Path) -> None
 def test_guidance_that_is_no_weight(wrong: float) -> None:
     with pytest.raises(ValueError, match=f"guidance {wrong} is not usable"):
         Sampling(guidance=wrong)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1.5, -1.0])
+def test_temperature_that_is_none(wrong: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature {wrong} is not usable; give a number from 0 to 1"):
+        Sampling(temperature=wrong)
 
 
 def test_long_prompts_are_cut_and_said(pipe: StarFlowPipeline) -> None:

@@ -210,7 +210,8 @@ def sampling(options: Solving) -> Sampling:
 
     schedule = Schedule(options.sampler, options.tolerance)
     if isinstance(options, Making):
-        return Sampling(options.guidance, schedule, options.denoise, ring=options.ring, certify=options.certify)
+        how = {name: getattr(options, name) for name in ("guidance", "temperature", "denoise", "ring", "certify")}
+        return Sampling(schedule=schedule, **how)
     return Sampling(schedule=schedule)
 
 

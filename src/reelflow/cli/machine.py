@@ -116,6 +116,10 @@ def toybox(
         int, typer.Option(metavar="N≥1", min=1, help="Clips from text (svd: pictures); the other tasks take a quarter of it, at least 4.")
     ] = 64,
     seed: Annotated[int, typer.Option(metavar="0…2^63−1", help="Of the clips; the scenes asked for stay the same.")] = 0,
+    guidance: Annotated[float | None, typer.Option(metavar="W≥0", help="Weight of the prompt. \\[default: the model's own]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="0…1", help="Of flows: deviation of the noise. \\[default: the model's own]")
+    ] = None,
 ) -> None:
     """Generate toybox scenes and measure how often colour, shape and motion are those of the prompt; of a Stable Video Diffusion, animate
     pictures and measure what is kept, and how motion follows --motion and --fps.
@@ -127,8 +131,9 @@ def toybox(
         from reelflow.evaluation.toybox import run
 
         found = run(
-            options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance, progress=job.report
-        )
+            options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance,
+            guidance=guidance, temperature=temperature, progress=job.report,
+        )  # fmt: skip
     job.screen.table(found, f"toybox: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])
 
 

@@ -116,6 +116,13 @@ class Making(Writing):
             "switches it off. \\[default: the model's own]",
         ),
     ] = None  # fmt: skip
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature", rich_help_panel=SAMPLING, metavar="0…1",
+            help="Standard deviation of the clip's noise: below 1 the likelier clips, less various. \\[default: the model's own]",
+        ),
+    ] = None  # fmt: skip
     denoise: Annotated[
         bool,
         typer.Option(

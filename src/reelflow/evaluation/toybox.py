@@ -48,7 +48,8 @@ Progress = Callable[[str, float], None]
 
 def run(
     model: str = "mini", device: str | None = None, count: int = 64, seed: int = 0, batch: int = 8, sampler: str = "jacobi",
-    tolerance: float | None = None, guidance: float | None = None, progress: Progress = lambda phase, share: None,
+    tolerance: float | None = None, guidance: float | None = None, temperature: float | None = None,
+    progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rates (0 … 1), bits per dimension and decibels, by task.
 
@@ -62,7 +63,7 @@ def run(
     if isinstance(pipe, SvdPipeline):
         return toybox_svd.run(pipe, count, seed, batch, Diffusion(guidance=guidance), progress)
     assert isinstance(pipe, StarFlowPipeline)
-    sampling = Sampling(guidance, Schedule(sampler, tolerance))
+    sampling = Sampling(guidance, Schedule(sampler, tolerance), temperature=temperature)
     few = max(4, count // 4)
     found: dict[str, Any] = {"model": pipe.about.name, "revision": pipe.about.revision, "count": count, "count_other_tasks": few}
     rows: tuple[tuple[str, Split, int], ...] = (("one_thing", "train", 1), ("held_out", "held_out", 1), ("two_things", "train", 2))

@@ -133,7 +133,7 @@ class Pipeline:
     }  # fmt: skip
     """Task → a family that can do it."""
 
-    options: ClassVar[frozenset[str]] = frozenset("guidance sampler tolerance denoise ring certify stream".split())
+    options: ClassVar[frozenset[str]] = frozenset("guidance temperature sampler tolerance denoise ring certify stream".split())
     """What of the command line's sampling options it knows; those of a flow."""
 
     shares: ClassVar[bool] = False

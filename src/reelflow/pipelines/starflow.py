@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from math import ceil, inf
+from dataclasses import asdict, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -43,36 +43,12 @@ from reelflow.pipelines.base import (
 )
 from reelflow.pipelines.framing import Framing
 from reelflow.pipelines.prompting import Prompting
-from reelflow.sampling import Schedule, Settings, certify, default_context, sample, stream
+from reelflow.pipelines.settings import EXACTLY, Sampling
+from reelflow.sampling import Settings, certify, default_context, sample, stream
 
 if TYPE_CHECKING:
     from reelflow.pipelines.budget import Plan
     from reelflow.pipelines.loading import Asked
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a clip is sampled; common to all tasks.
-
-    guidance: weight w ≥ 0 of the prompt, None for the model's own default.  denoise: take the data noise away at the end.
-    context: latent frames read again beyond the trained length.  ring: keep what was read of them instead (an approximation,
-    see `reelflow.sampling.conditioner.Ring`).  certify: check the sample in one parallel pass, into the metadata.
-    """
-
-    guidance: float | None = None
-    schedule: Schedule = Schedule()
-    denoise: bool = True
-    context: int | None = None
-    ring: bool = False
-    certify: bool = False
-
-    def __post_init__(self) -> None:
-        if self.guidance is not None and not 0 <= self.guidance < inf:
-            raise ValueError(f"guidance {self.guidance} is not usable; give a number ≥ 0 (0 switches it off)")
-
-
-EXACTLY = Sampling(schedule=Schedule(tolerance=1e-6))
-"""For decoding: so close that an encoding's latents come back to 1e-4."""
 
 
 class StarFlowPipeline(Pipeline):
@@ -254,7 +230,7 @@ class StarFlowPipeline(Pipeline):
             raise ValueError(f"encoded with {made}, this is {own}; decode with the model it was made with")
         if z.ndim != 4 or z.shape[1] != self.flow.config.channels or not torch.isfinite(z).all():
             raise ValueError(f"z is {tuple(z.shape)}: expected finite (latent frames, {self.flow.config.channels}, h, w)")
-        used = replace(sampling, guidance=0.0, denoise=encoding.seed is None)
+        used = replace(sampling, guidance=0.0, temperature=1.0, denoise=encoding.seed is None)
         latents, report = self._sample([encoding.prompt], z[None], None, used, progress, aspect=self.framing.nearest_aspect(*z.shape[2:]))
         if encoding.seed is not None:
             noise = torch.Generator().manual_seed(encoding.seed)
@@ -289,8 +265,8 @@ class StarFlowPipeline(Pipeline):
         parts = [(self._latent_frame(at), [spoken(text, "generate")]) for at, text in said]
         conditional, both = self.prompting.parts(parts, guidance, aspect, noise.shape[1])
         found = stream(
-            self.flow, noise.to(self.device), both, guidance, context=sampling.context, ring=sampling.ring, schedule=sampling.schedule,
-            progress=tokens_to_share(progress, noise[0, :, 0].numel() * len(self.flow.config.layers)),
+            self.flow, self._tempered(noise, sampling), both, guidance, context=sampling.context, ring=sampling.ring,
+            schedule=sampling.schedule, progress=tokens_to_share(progress, noise[0, :, 0].numel() * len(self.flow.config.layers)),
         )  # fmt: skip
         if sampling.denoise:
             found = denoise_frames(self.flow, found, lambda frame: [text for first, text in conditional if first <= frame][-1])
@@ -305,8 +281,16 @@ class StarFlowPipeline(Pipeline):
     def _settings(self, sampling: Sampling, guidance: float) -> dict[str, Any]:
         """For the metadata: what was used, where the default stands for it."""
         used = replace(sampling.schedule, tolerance=sampling.schedule.accuracy(self.flow.deep_block.precision))
-        chosen = {"guidance": guidance, "denoise": sampling.denoise, "ring": sampling.ring, **asdict(used)}
+        own = {"guidance": guidance, "temperature": self._temperature(sampling)}
+        chosen = {**own, "denoise": sampling.denoise, "ring": sampling.ring, **asdict(used)}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def _temperature(self, sampling: Sampling) -> float:
+        return self.about.temperature if sampling.temperature is None else sampling.temperature
+
+    def _tempered(self, noise: Tensor, sampling: Sampling) -> Tensor:
+        """On the device, with that standard deviation."""
+        return noise.to(self.device) * self._temperature(sampling)
 
     def _agree(self, seed: int, request: tuple[Any, ...]) -> int:
         """The seed of the first process, where several make a clip together (see `flow.parallel`)."""
@@ -344,7 +328,7 @@ class StarFlowPipeline(Pipeline):
         prefix = None
         if given_1FChw is not None:
             prefix = add_noise(given_1FChw.cpu(), config.noise_std, torch.Generator().manual_seed(seed + 1)).to(self.device)
-        noise = noise_BFChw.to(self.device)
+        noise = self._tempered(noise_BFChw, sampling)
         settings = Settings(window=window, context=sampling.context, ring=sampling.ring, schedule=sampling.schedule)
         settings["progress"] = tokens_to_share(progress, noise[:, given:, 0].numel() * len(config.layers))
         with self.use("flow"):

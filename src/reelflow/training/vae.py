@@ -270,8 +270,8 @@ WAN = Kind(
 )  # fmt: skip
 
 
-def main(kind: Kind = WAN) -> None:
-    """Command line: train, and export where asked."""
+def arguments(kind: Kind) -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=f"Train {kind.about} on toybox clips.")
     parser.add_argument("folder", type=Path, help="where the checkpoint vae.pt goes; a run found there is continued")
     parser.add_argument("--export", type=Path, help="folder to write the trained model to, in the diffusers layout")
@@ -283,7 +283,12 @@ def main(kind: Kind = WAN) -> None:
             number: Callable[[str], int | float] = int if field.annotation is int else float
             usual = getattr(kind.settings, name)
             parser.add_argument(f"--{name.replace('_', '-')}", type=number, default=usual, help="default: %(default)s")
-    options = vars(parser.parse_args())
+    return parser
+
+
+def main(kind: Kind = WAN) -> None:
+    """Command line: train, and export where asked."""
+    options = vars(arguments(kind).parse_args())
     folder, target, start, fused = options.pop("folder"), options.pop("export"), options.pop("start"), not options.pop("no_fused")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")

@@ -1,0 +1,71 @@
+"""The one command that makes a small model from nothing: what it runs, in which order, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from reelflow.training.config import load
+from reelflow.training.svd.vae import SVD
+from reelflow.training.vae import WAN, arguments
+from reelflow.training.vae_batches import VaeTraining
+
+MAKE = Path(__file__).parents[2] / "examples" / "make.py"
+KINDS = {"reelflow.training.vae": WAN, "reelflow.training.svd.vae": SVD}
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make", MAKE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+@pytest.mark.parametrize("name", ["mini", "mini_svd"])
+def test_every_part_is_a_command_that_its_program_takes(make: ModuleType, name: str) -> None:
+    *vaes, (_, prepare), (_, train) = make.commands(name, ["seed=3"])
+    last = None
+    for made, (_, module, *rest) in vaes:
+        options = vars(arguments(KINDS[module]).parse_args(rest))
+        assert options["start"] == last, "each begins with what the one before made"
+        assert options["decoder_only"] == (last is not None), "which moves no latents"
+        assert options["export"] == made
+        VaeTraining.parse({key: options[key] for key in VaeTraining.model_fields if key in options})
+        last = made
+    for words in (prepare[4:], train[3:-2]):
+        config = load(Path(words[0]), words[1:])
+        assert (config.seed, Path(config.vae), config.latents) == (3, last, Path(f"runs/{name}-latents"))
+    assert train[-2:] == ["--folder", f"runs/{name}"]
+
+
+def test_it_goes_on_where_it_was_and_stops_where_a_part_fails(make: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    codes = iter((0, 7, 0, 0, 0))
+
+    def call(command: list[str]) -> int:
+        called.append(command)
+        if "--export" in command and (code := next(codes)) == 0:
+            target = Path(command[command.index("--export") + 1])
+            target.mkdir(parents=True)
+            (target / "config.json").touch()
+            return code
+        return 7 if "--export" in command else next(codes)
+
+    monkeypatch.setattr(make.subprocess, "call", call)
+    monkeypatch.setattr(sys, "argv", ["make.py", "mini_svd", "--processes", "2", "lr=1e-4"])
+    assert make.main() == 7
+    assert [command[6] for command in called] == ["reelflow.training.svd.vae"] * 2
+    assert called[0][1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    called.clear()
+    assert make.main() == 0
+    assert [command[6:8] for command in called][1:] == [["reelflow", "train"]] * 2, "the first VAE is there"
+    assert called[0][7] == "runs/mini_svd-vae-2"
+    assert all("lr=1e-4" in command for command in called[1:])
