@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from reelflow.clip import Clip
 from reelflow.data.toybox import canonical, edit_pair, scene_from_prompt
-from reelflow.evaluation.toybox import EDITED, SEED, codec, edit, generate, scenes, shown
+from reelflow.evaluation.toybox import EDITED, SEED, codec, edit, extend, generate, run, scenes, shown
 from reelflow.pipelines.starflow import Sampling
 
 
@@ -73,6 +74,31 @@ def test_an_edit_changes_what_was_asked_and_nothing_moves_otherwise() -> None:
     elsewhere = through(lambda before, after: after.with_thing(0, x=128 - after.things[0].x, y=128 - after.things[0].y))
     assert elsewhere["colour"] == elsewhere["shape"] == 1.0
     assert elsewhere["motion"] == elsewhere["all"] < 0.5
+
+
+def test_an_extension_is_judged_by_its_end() -> None:
+    def extended(clip: Clip, prompt: str, seconds: float, seed: int, sampling: Sampling) -> Clip:
+        asked = next(scene for scene in scenes(4, "train", 1) if np.array_equal(shown(scene).frames, clip.frames))
+        whole = shown(asked, round(seconds * 16)).frames.copy()
+        whole[lasts:] = whole[0, 0, 0]
+        return Clip(whole, 16)
+
+    pipe: Any = SimpleNamespace(extend=extended)
+    lasts = 161
+    assert set(extend(pipe, 4, Sampling(), frames=161).values()) == {1.0}
+    lasts = 140
+    found = extend(pipe, 4, Sampling(), frames=161)
+    assert (found["there"], found["all"]) == (0.0, 0.0), "seen in some of the last 33 frames, gone at the end"
+    assert found["background"] == 1.0
+
+
+def test_one_measure_alone() -> None:
+    found = run("mini", "cpu", count=4, only=["codec"])
+    assert found.keys() == {"model", "revision", "count", "count_other_tasks", "codec"}
+    with pytest.raises(ValueError, match="speed: not measured; there are one_thing, "):
+        run(only=["speed"])
+    with pytest.raises(ValueError, match="extended 33 is not usable; give more than the 33 frames"):
+        run(extended=33)
 
 
 def test_scenes_are_what_a_prompt_can_say() -> None:

@@ -120,6 +120,10 @@ def toybox(
     temperature: Annotated[
         float | None, typer.Option(metavar="0…1", help="Of flows: deviation of the noise. \\[default: the model's own]")
     ] = None,
+    extended: Annotated[int, typer.Option(metavar="N≥34", help="Frames of the clips that are extended, from 33.")] = 65,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="MEASURE", help="Measure this alone, as in --only one_thing; several times: these.")
+    ] = None,
 ) -> None:
     """Generate toybox scenes and measure how often colour, shape and motion are those of the prompt; of a Stable Video Diffusion, animate
     pictures and measure what is kept, and how motion follows --motion and --fps.
@@ -132,7 +136,7 @@ def toybox(
 
         found = run(
             options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance,
-            guidance=guidance, temperature=temperature, progress=job.report,
+            guidance=guidance, temperature=temperature, extended=extended, only=only or (), progress=job.report,
         )  # fmt: skip
     job.screen.table(found, f"toybox: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])
 

@@ -6,9 +6,9 @@ Every prompt and seed is fixed, so a number is a number of the model. What is as
 
     codec                             true clips through the codec and back: what no flow over it can surpass
     one_thing, held_out, two_things   text → video; held_out: colour–shape pairs that training never showed
-    animate                           first frame + caption → video: first frame against the codec's own, thing kept
+    animate                           first frame + caption → video: first frame against the codec's own, thing there in the last
     edit                              clip + instruction → the changed scene with the motion kept
-    extend                            clip + caption → 65 frames: colour and shape of the thing in the last 33
+    extend                            clip + caption → a longer clip: colour and shape in its last 33 frames, and the thing there in the very last
     likelihood                        bits per dimension on train-like and on held-out clips; impossible twins scored lower
     denoiser                          PSNR of noised latents, decoded: as they are, Tweedie step, learned denoiser
 
@@ -30,7 +30,7 @@ from reelflow.data.scene import Scene, Split, sample_scene
 from reelflow.data.toybox import CLIP, canonical, edit_pair, impossible_twin, render
 from reelflow.denoise import denoise, tweedie
 from reelflow.evaluation import toybox_svd
-from reelflow.evaluation.detect import apart, detect, matches
+from reelflow.evaluation.detect import Detection, apart, detect, matches
 from reelflow.likelihood import add_noise
 from reelflow.pipelines import Pipeline, load
 from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
@@ -43,36 +43,49 @@ EDITED = 17
 """Frames of a clip that is edited: too few to name every motion by."""
 NEAR = 8.0
 """Pixels: half a latent place, less than the radius of a small thing."""
+ROWS: dict[str, tuple[Split, int]] = {"one_thing": ("train", 1), "held_out": ("held_out", 1), "two_things": ("train", 2)}
+"""Of text → video: which scenes, of how many things."""
 Progress = Callable[[str, float], None]
 
 
 def run(
     model: str = "mini", device: str | None = None, count: int = 64, seed: int = 0, batch: int = 8, sampler: str = "jacobi",
-    tolerance: float | None = None, guidance: float | None = None, temperature: float | None = None,
-    progress: Progress = lambda phase, share: None,
+    tolerance: float | None = None, guidance: float | None = None, temperature: float | None = None, extended: int = 65,
+    only: Sequence[str] = (), progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rates (0 … 1), bits per dimension and decibels, by task.
 
     Args:
         count: clips per text → video row, 1 …; the other tasks take a quarter of it, at least 4.
         seed: of the clips, 0 …; the scenes asked for stay the same.
+        extended: frames of the clips of `extend`, above 33.
+        only: names of what is measured, see the top of the file; by default all.
     """
     if count < 1:
         raise ValueError(f"count {count} is not usable; give at least 1 clip")
+    if extended <= CLIP:
+        raise ValueError(f"extended {extended} is not usable; give more than the {CLIP} frames that are continued")
+    others: dict[str, Callable[[StarFlowPipeline, int, Sampling], dict[str, float]]] = {
+        "codec": codec, "animate": animate, "edit": edit, "extend": partial(extend, frames=extended), "likelihood": likelihood,
+        "denoiser": denoiser,
+    }  # fmt: skip
+    if unknown := set(only) - ROWS.keys() - others.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: not measured; there are {', '.join((*ROWS, *others))}")
     pipe: Pipeline = load(model, device)
     if isinstance(pipe, SvdPipeline):
+        if only:
+            raise ValueError(f"only {', '.join(only)}: of a Stable Video Diffusion all is measured; leave it out")
         return toybox_svd.run(pipe, count, seed, batch, Diffusion(guidance=guidance), progress)
     assert isinstance(pipe, StarFlowPipeline)
     sampling = Sampling(guidance, Schedule(sampler, tolerance), temperature=temperature)
     few = max(4, count // 4)
     found: dict[str, Any] = {"model": pipe.about.name, "revision": pipe.about.revision, "count": count, "count_other_tasks": few}
-    rows: tuple[tuple[str, Split, int], ...] = (("one_thing", "train", 1), ("held_out", "held_out", 1), ("two_things", "train", 2))
-    for name, split, things in rows:
-        found[name] = generate(pipe, scenes(count, split, things), seed, batch, sampling, partial(progress, name))
-    tasks = {"codec": codec, "animate": animate, "edit": edit, "extend": extend, "likelihood": likelihood, "denoiser": denoiser}
-    for index, (name, measure) in enumerate(tasks.items()):
-        progress("other tasks", index / len(tasks))
-        if name not in ("animate", "edit", "extend") or name in pipe.about.tasks:
+    for name, (split, things) in ROWS.items():
+        if not only or name in only:
+            found[name] = generate(pipe, scenes(count, split, things), seed, batch, sampling, partial(progress, name))
+    for name, measure in others.items():
+        progress(name, 0.0)
+        if (not only or name in only) and (name not in ("animate", "edit", "extend") or name in pipe.about.tasks):
             found[name] = measure(pipe, few, sampling)
     return found
 
@@ -132,7 +145,8 @@ def animate(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str,
     for index, scene in enumerate(scenes(count, "train", 1)):
         picture = shown(scene, 1)
         clip = pipe.animate(picture, canonical(scene), seed=index, sampling=sampling)
-        results.append(matches(detect(clip.frames, 1), scene))
+        seen = detect(clip.frames, 1)
+        results.append(matches(seen, scene) | there(seen))
         first.append(psnr(clip.frames[0], picture.frames[0]))
         codec.append(psnr(pipe.codec.decode(pipe.codec.encode(torch.from_numpy(picture.frames)[None]))[0, 0].numpy(), picture.frames[0]))
     return rates(results) | {"first_frame_psnr": round(float(np.mean(first)), 2), "codec_psnr": round(float(np.mean(codec)), 2)}
@@ -151,12 +165,18 @@ def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, fl
     return rates(results)
 
 
-def extend(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+def there(seen: list[Detection]) -> dict[str, bool]:
+    """Whether something is in full view in the last frame."""
+    return {"there": any(bool(one.present[-1]) for one in seen)}
+
+
+def extend(pipe: StarFlowPipeline, count: int, sampling: Sampling, frames: int = 65) -> dict[str, float]:
     results = []
     for index, scene in enumerate(scenes(count, "train", 1)):
-        clip = pipe.extend(shown(scene), canonical(scene), seconds=65 / 16, seed=index, sampling=sampling)
-        result = matches(detect(clip.frames[-CLIP:], 1), scene)
-        results.append({key: result[key] for key in ("colour", "shape", "background")})
+        clip = pipe.extend(shown(scene), canonical(scene), seconds=frames / 16, seed=index, sampling=sampling)
+        seen = detect(clip.frames[-CLIP:], 1)
+        kept = {key: held for key, held in matches(seen, scene).items() if key in ("colour", "shape", "background")} | there(seen)
+        results.append(kept | {"all": all(kept.values())})
     return rates(results)
 
 
