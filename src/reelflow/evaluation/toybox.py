@@ -8,7 +8,7 @@ Every prompt and seed is fixed, so a number is a number of the model. What is as
     one_thing, held_out, two_things   text → video; held_out: colour–shape pairs that training never showed
     animate                           first frame + caption → video: first frame against the codec's own, thing there in the last
     edit                              clip + instruction → the changed scene with the motion kept
-    extend                            clip + caption → a longer clip: colour and shape in its last 33 frames, and the thing there in the very last
+    extend                            clip + caption → a longer clip: colour and shape in its last 33 frames, there in the last
     likelihood                        bits per dimension on train-like and on held-out clips; impossible twins scored lower
     denoiser                          PSNR of noised latents, decoded: as they are, Tweedie step, learned denoiser
 
