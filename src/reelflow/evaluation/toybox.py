@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from reelflow.clip import Clip
-from reelflow.data.scene import Scene, Split, sample_scene
+from reelflow.data.scene import DIRECTIONS, Scene, Split, sample_scene
 from reelflow.data.toybox import CLIP, canonical, edit_pair, impossible_twin, render
 from reelflow.denoise import denoise, tweedie
 from reelflow.evaluation import toybox_svd
 from reelflow.evaluation.detect import Detection, apart, detect, matches
+from reelflow.evaluation.toybox_svd import psnr
 from reelflow.likelihood import add_noise
 from reelflow.pipelines import Pipeline, load
 from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
@@ -45,6 +46,8 @@ NEAR = 8.0
 """Pixels: half a latent place, less than the radius of a small thing."""
 ROWS: dict[str, tuple[Split, int]] = {"one_thing": ("train", 1), "held_out": ("held_out", 1), "two_things": ("train", 2)}
 """Of text → video: which scenes, of how many things."""
+KINDS = {"direction": set(DIRECTIONS)} | {motion: {motion} for motion in ("stays still", "bounces", "circles")}
+"""Of motions, each measured by itself."""
 Progress = Callable[[str, float], None]
 
 
@@ -103,8 +106,8 @@ def rates(results: Sequence[dict[str, bool]]) -> dict[str, float]:
 def generate(
     pipe: StarFlowPipeline, wanted: list[Scene], seed: int, batch: int, sampling: Sampling, progress: Callable[[float], None]
 ) -> dict[str, float]:
-    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked; of those asked to
-    move left, right, up or down also the share that do, `direction`.
+    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked; and of those where every
+    thing is asked for a motion of one kind (`KINDS`), of the motions.
     """
     results = []
     for start in range(0, len(wanted), batch):
@@ -112,17 +115,11 @@ def generate(
         clips = pipe.generate_batch([canonical(scene) for scene in some], [seed + start + i for i in range(len(some))], sampling=sampling)
         results += [matches(detect(clip.frames, len(scene.things)), scene) for clip, scene in zip(clips, some, strict=True)]
         progress(len(results) / len(wanted))
-    moving = [
-        result["motion"]
-        for result, scene in zip(results, wanted, strict=True)
-        if all(thing.motion.startswith("moves") for thing in scene.things)
-    ]
-    return rates(results) | ({"direction": round(sum(moving) / len(moving), 4)} if moving else {})
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Decibels between uint8 arrays."""
-    return float(10 * np.log10(255**2 / max(1e-9, np.square(a.astype(float) - b.astype(float)).mean())))
+    found = rates(results)
+    for kind, motions in KINDS.items():
+        right = [r["motion"] for r, scene in zip(results, wanted, strict=True) if {thing.motion for thing in scene.things} <= motions]
+        found |= {kind: round(sum(right) / len(right), 4)} if right else {}
+    return found
 
 
 def shown(scene: Scene, frames: int = CLIP) -> Clip:
