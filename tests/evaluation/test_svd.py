@@ -90,6 +90,14 @@ def test_motion_that_does_not_follow_is_noticed(perfect: Perfect) -> None:
     assert slow == fast > 0
 
 
+def test_one_measure_alone(perfect: Perfect, tmp_path: Path) -> None:
+    perfect.spoil = ""
+    found = toybox_svd.run(perfect, count=4, only=["fps"])
+    assert found.keys() == {"model", "revision", "count", "count_other_tasks", "fps", "fps_in_order"}
+    with pytest.raises(ValueError, match=r"one_thing: not measured of tiny-svd; there are kept, held_out, motion, fps"):
+        toybox.run(str(tiny["write_tiny"](tmp_path / "tiny-svd")), "cpu", only=["fps", "one_thing"])
+
+
 def test_a_folder_of_this_family_is_measured_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(toybox_svd, "run", lambda *args: seen.append(args) or {"count": args[1]})

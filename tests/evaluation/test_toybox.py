@@ -95,7 +95,7 @@ def test_an_extension_is_judged_by_its_end() -> None:
 def test_one_measure_alone() -> None:
     found = run("mini", "cpu", count=4, only=["codec"])
     assert found.keys() == {"model", "revision", "count", "count_other_tasks", "codec"}
-    with pytest.raises(ValueError, match="speed: not measured; there are one_thing, "):
+    with pytest.raises(ValueError, match="speed: not measured of mini; there are one_thing, "):
         run(only=["speed"])
     with pytest.raises(ValueError, match="extended 33 is not usable; give more than the 33 frames"):
         run(extended=33)

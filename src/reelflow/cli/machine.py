@@ -135,7 +135,7 @@ def toybox(
         from reelflow.evaluation.toybox import run
 
         found = run(
-            options.model, options.device, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance,
+            options.model, options.device, options.precision, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance,
             guidance=guidance, temperature=temperature, extended=extended, only=only or (), progress=job.report,
         )  # fmt: skip
     job.screen.table(found, f"toybox: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])

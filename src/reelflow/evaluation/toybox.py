@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from reelflow.adapters.precision import Precision
 from reelflow.clip import Clip
 from reelflow.data.scene import DIRECTIONS, Scene, Split, sample_scene
 from reelflow.data.toybox import CLIP, canonical, edit_pair, impossible_twin, render
@@ -52,9 +53,9 @@ Progress = Callable[[str, float], None]
 
 
 def run(
-    model: str = "mini", device: str | None = None, count: int = 64, seed: int = 0, batch: int = 8, sampler: str = "jacobi",
-    tolerance: float | None = None, guidance: float | None = None, temperature: float | None = None, extended: int = 65,
-    only: Sequence[str] = (), progress: Progress = lambda phase, share: None,
+    model: str = "mini", device: str | None = None, precision: Precision = "auto", count: int = 64, seed: int = 0, batch: int = 8,
+    sampler: str = "jacobi", tolerance: float | None = None, guidance: float | None = None, temperature: float | None = None,
+    extended: int = 65, only: Sequence[str] = (), progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rates (0 … 1), bits per dimension and decibels, by task.
 
@@ -72,13 +73,12 @@ def run(
         "codec": codec, "animate": animate, "edit": edit, "extend": partial(extend, frames=extended), "likelihood": likelihood,
         "denoiser": denoiser,
     }  # fmt: skip
-    if unknown := set(only) - ROWS.keys() - others.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: not measured; there are {', '.join((*ROWS, *others))}")
-    pipe: Pipeline = load(model, device)
+    pipe: Pipeline = load(model, device, precision)
+    known = toybox_svd.MEASURES if isinstance(pipe, SvdPipeline) else (*ROWS, *others)
+    if unknown := set(only) - set(known):
+        raise ValueError(f"{', '.join(sorted(unknown))}: not measured of {pipe.about.name}; there are {', '.join(known)}")
     if isinstance(pipe, SvdPipeline):
-        if only:
-            raise ValueError(f"only {', '.join(only)}: of a Stable Video Diffusion all is measured; leave it out")
-        return toybox_svd.run(pipe, count, seed, batch, Diffusion(guidance=guidance), progress)
+        return toybox_svd.run(pipe, count, seed, batch, Diffusion(guidance=guidance), only, progress)
     assert isinstance(pipe, StarFlowPipeline)
     sampling = Sampling(guidance, Schedule(sampler, tolerance), temperature=temperature)
     few = max(4, count // 4)

@@ -29,12 +29,13 @@ from reelflow.pipelines.svd.settings import USUAL
 SEED = 20_000
 """Of the scenes whose pictures are shown; training uses others."""
 FRAMES, LAST, CLEAR = 14, 9, 28.0
-MOTIONS, RATES = (32, 64, 127, 190, 255), (5, 8, 12, 20, 30)
+MOTIONS, RATES = (32, 64, 127, 190, 255), (6, 9, 14, 20, 30)
+MEASURES = ("kept", "held_out", "motion", "fps")
 Progress = Callable[[str, float], None]
 
 
 def run(
-    pipe: SvdPipeline, count: int = 128, seed: int = 0, batch: int = 8, sampling: Diffusion = USUAL,
+    pipe: SvdPipeline, count: int = 128, seed: int = 0, batch: int = 8, sampling: Diffusion = USUAL, only: Sequence[str] = (),
     progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Shares (0 … 1), decibels, and pixels per frame.
@@ -42,14 +43,17 @@ def run(
     Args:
         count: pictures, 1 …; of held-out pairs, and for motion and rate, a quarter of it, at least 4.
         seed: of the clips, 0 …; the pictures stay the same.
+        only: which of `MEASURES`; by default all.
     """
     few = max(4, count // 4)
     found: dict[str, Any] = {"model": pipe.about.name, "revision": pipe.about.revision, "count": count, "count_other_tasks": few}
     rows: tuple[tuple[str, Split, int], ...] = (("kept", "train", count), ("held_out", "held_out", few))
-    for name, split, many in rows:
+    for name, split, many in (row for row in rows if not only or row[0] in only):
         found[name] = kept(pipe, pictured(many, split), seed, batch, sampling, partial(progress, name))
     scenes = pictured(few, "train")
     for name, values in (("motion", MOTIONS), ("fps", RATES)):
+        if only and name not in only:
+            continue
         made = {}
         for index, value in enumerate(values):
             changed = Diffusion(**(vars(sampling) | {name: value}))
