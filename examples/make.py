@@ -1,4 +1,4 @@
-"""Make a small model from nothing: its VAE, latents of toybox clips and pictures, the model folder.
+"""Make a small model from nothing: its VAE, of mini_svd its CLIP tower, latents of toybox clips and pictures, the model folder.
 
     python examples/make.py mini                        # or mini_svd; all of it in one process
     python examples/make.py mini --processes 2          # one thread each: best on a busy CPU
@@ -29,6 +29,8 @@ VAES = {
     "mini_svd": ("reelflow.training.svd.vae", ["", f"{POINTS} --steps 2600 --learning-rate 2e-3 --noise 0.2"]),
 }
 """Trainer of a model's VAE, and the options of each of its runs; every run begins with what the one before made."""
+ALONE = "reelflow.training.svd.tower"
+"""A few minutes in one process."""
 
 
 def commands(name: str, settings: list[str]) -> list[tuple[Path | None, list[str]]]:
@@ -40,7 +42,12 @@ def commands(name: str, settings: list[str]) -> list[tuple[Path | None, list[str
         begin, folder = ["--init", str(vae)] if vae else [], Path(f"runs/{name}-vae-{index + 1}")
         vae = folder / "vae"
         found.append((vae, ["-m", trainer, str(folder), *begin, *options.split(), "--export", str(vae)]))
-    config = [str(Path(__file__).with_name(f"{name}.yaml")), f"vae={vae}", f"latents=runs/{name}-latents", *settings]
+    own = []
+    if name == "mini_svd":
+        tower = Path(f"runs/{name}-tower")
+        found.append((tower, ["-m", ALONE, str(tower)]))
+        own = [f"image_encoder={tower}"]
+    config = [str(Path(__file__).with_name(f"{name}.yaml")), f"vae={vae}", f"latents=runs/{name}-latents", *own, *settings]
     found.append((None, ["-m", "reelflow", "train", "prepare", *config]))
     found.append((None, ["-m", "reelflow", "train", *config, "--folder", f"runs/{name}"]))
     return found
@@ -56,7 +63,7 @@ def main() -> int:
     for made, command in commands(options.name, options.settings):
         if made and (made / "config.json").is_file():
             continue
-        if code := subprocess.call([sys.executable, *several, *command]):
+        if code := subprocess.call([sys.executable, *(several if command[1] != ALONE else []), *command]):
             return code
     return 0
 

@@ -335,6 +335,10 @@ def test_toybox_as_a_source() -> None:
     assert (samples[68].source, samples[68].media, samples[68].captions, samples[68].frames) == (before, after, (words,), 17)
     with pytest.raises(ValueError, match="all 0"):
         Rendered(ToyboxData(count=0), 33, 17)
+    other = Rendered(ToyboxData(count=1, seed=3, pairs=1, motions=("circles",)), 33, 17)
+    assert other.parts()[0].name != source.parts()[0].name, "what is prepared of one does not pass for the other"
+    (scene,) = (sample.media for sample in other.samples(0))
+    assert [thing.motion for thing in scene.things] == ["circles", "circles"]
 
 
 def test_sources_are_read_one_after_the_other(folder: Path, shards: Path) -> None:
@@ -351,6 +355,7 @@ def test_sources_are_read_one_after_the_other(folder: Path, shards: Path) -> Non
         ({}, "data names no source; give folder, shards, hub or toybox"),
         ({"foldr": "x"}, "foldr = 'x': Extra inputs are not permitted"),
         ({"toybox": {"cuont": 3}}, "toybox.cuont = 3: Extra inputs are not permitted"),
+        ({"toybox": {"motions": ["dances"]}}, "motion 'dances' is not in toybox; use some of: moves left, moves right"),
         ({"folder": "x", "min_frames": 9, "frames": 5}, "min_frames = 9 is more than frames = 5"),
         ({"folder": "x", "max_failed_share": 2}, "max_failed_share = 2"),
     ],

@@ -65,6 +65,15 @@ def test_held_out_pairs_are_never_trained_on_and_always_tested():
     assert 0 < mixed < 250
 
 
+def test_pairs_and_motions_are_as_often_as_asked():
+    asked = [sample_scene(1, index, pairs=0.6, motions=("circles", "circles", "stays still")) for index in range(600)]
+    assert np.mean([len(scene.things) == 2 for scene in asked]) == pytest.approx(0.6, abs=0.05)
+    things = [thing.motion for scene in asked for thing in scene.things]
+    assert set(things) == {"circles", "stays still"}
+    assert np.mean([motion == "circles" for motion in things]) == pytest.approx(2 / 3, abs=0.05)
+    assert sample_scene(1, 0, pairs=0.25, motions=MOTIONS) == sample_scene(1, 0)
+
+
 def test_every_value_occurs_and_the_shares_hold():
     scenes = [sample_scene(1, index) for index in range(1500)]
     things = [thing for scene in scenes for thing in scene.things]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from reelflow.training.config import load
+from reelflow.training.svd.config import SvdConfig
 from reelflow.training.svd.vae import SVD
 from reelflow.training.vae import WAN, arguments
 from reelflow.training.vae_batches import VaeTraining
@@ -30,8 +32,14 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["mini", "mini_svd"])
-def test_every_part_is_a_command_that_its_program_takes(make: ModuleType, name: str) -> None:
+def test_every_part_is_a_command_that_its_program_takes(make: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     *vaes, (_, prepare), (_, train) = make.commands(name, ["seed=3"])
+    if name == "mini_svd":
+        made, (_, module, folder) = vaes.pop()
+        assert (module, Path(folder)) == (make.ALONE, made), "the tower is what shows that it is done"
+        assert find_spec(module) is not None
+        monkeypatch.setattr(SvdConfig, "wrong", lambda self: iter(()))  # it is not made here
+        assert all(f"image_encoder={made}" in part for part in (prepare, train))
     last = None
     for made, (_, module, *rest) in vaes:
         options = vars(arguments(KINDS[module]).parse_args(rest))
@@ -48,7 +56,7 @@ def test_every_part_is_a_command_that_its_program_takes(make: ModuleType, name: 
 
 def test_it_goes_on_where_it_was_and_stops_where_a_part_fails(make: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    codes = iter((0, 7, 0, 0, 0))
+    codes = iter((0, 7, 0, 0, 0, 0))
 
     def call(command: list[str]) -> int:
         called.append(command)
@@ -66,6 +74,8 @@ def test_it_goes_on_where_it_was_and_stops_where_a_part_fails(make: ModuleType, 
     assert called[0][1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     called.clear()
     assert make.main() == 0
-    assert [command[6:8] for command in called][1:] == [["reelflow", "train"]] * 2, "the first VAE is there"
-    assert called[0][7] == "runs/mini_svd-vae-2"
-    assert all("lr=1e-4" in command for command in called[1:])
+    vae, tower, *rest = called
+    assert vae[7] == "runs/mini_svd-vae-2", "the first VAE is there"
+    assert tower[1:] == ["-m", make.ALONE, "runs/mini_svd-tower"], "by one process"
+    assert [command[6:8] for command in rest] == [["reelflow", "train"]] * 2
+    assert all("lr=1e-4" in command for command in rest)

@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from reelflow.config import Strict
+from reelflow.data.scene import MOTIONS
 
 
 def _several(value: Any) -> Any:
     """One entry may be written without a list."""
     return (value,) if isinstance(value, str | Path) else value
+
+
+def _known(motion: str) -> str:
+    if motion not in MOTIONS:
+        raise ValueError(f"motion {motion!r} is not in toybox; use some of: {', '.join(MOTIONS)}")
+    return motion
+
+
+Motion = Annotated[str, AfterValidator(_known)]
 
 
 class ToyboxData(Strict):
@@ -24,6 +34,10 @@ class ToyboxData(Strict):
     """Single pictures, of other scenes."""
     edits: int = Field(0, ge=0)
     """Pairs of clips of `edit_frames` frames, the caption an instruction."""
+    pairs: float = Field(0.25, ge=0, le=1)
+    """Share of scenes with two things; of edits always a quarter."""
+    motions: tuple[Motion, ...] = Field(MOTIONS, min_length=1)
+    """What things do, in clips and pictures; what is named twice comes twice as often."""
     seed: int = Field(0, ge=0)
 
 

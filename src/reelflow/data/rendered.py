@@ -20,7 +20,7 @@ class Rendered:
     lasting = True
 
     def __init__(self, config: ToyboxData, frames: int, edit_frames: int):
-        self.seed = config.seed
+        self.config, self.seed = config, config.seed
         wanted = {"clips": (frames, config.count), "pictures": (1, config.pictures), "edits": (edit_frames, config.edits)}
         self._parts = [
             (kind, length, range(start, min(start + PART, count)))
@@ -30,8 +30,9 @@ class Rendered:
             raise ValueError("toybox: count, pictures and edits are all 0; ask for some")
 
     def parts(self) -> list[Part]:
+        own = "".join(f", {name} {value}" for name, value in self.config.model_dump(exclude_defaults=True, include={"pairs", "motions"}).items())
         return [
-            Part(f"toybox {kind} {some.start} to {some.stop - 1}, {length} frames, seed {self.seed}", len(some))
+            Part(f"toybox {kind} {some.start} to {some.stop - 1}, {length} frames, seed {self.seed}{own}", len(some))
             for kind, length, some in self._parts
         ]
 
@@ -43,6 +44,7 @@ class Rendered:
                 before, after, words = edit_pair(self.seed, index)
                 yield Sample(key, after, (words,), before, length)
             else:
-                scene = sample_scene(self.seed + 1000 * length, index)  # pictures show other scenes than clips
+                # pictures show other scenes than clips
+                scene = sample_scene(self.seed + 1000 * length, index, pairs=self.config.pairs, motions=self.config.motions)
                 yield Sample(key, scene, captions(scene), frames=length)
 

@@ -168,21 +168,24 @@ def generator(seed: int, index: int, stream: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=[0, 0, 0, STREAMS[stream]]))
 
 
-def sample_scene(seed: int, index: int, *, split: Split = "train", things: int | None = None) -> Scene:
+def sample_scene(
+    seed: int, index: int, *, split: Split = "train", things: int | None = None, pairs: float = 0.25, motions: Sequence[str] = MOTIONS
+) -> Scene:
     """The scene number `index` of the endless series `seed`.
 
     split: "train" shows no pair of HELD_OUT, "held_out" at least one, "any" whatever comes.
-    things: 1 or 2; None: two in a quarter of the scenes. Two things always differ in colour.
+    things: 1 or 2; None: two in a share `pairs` of the scenes. Two things always differ in colour.
+    motions: what a thing may do; one that is named twice comes twice as often.
     """
     if split not in ("train", "held_out", "any"):
         raise ValueError(f"split {split!r}: use train, held_out or any")
     if things not in (None, 1, 2):
         raise ValueError(f"things {things!r}: use 1, 2 or None")
     rng = generator(seed, index, "scene")
-    count = (2 if rng.random() < 0.25 else 1) if things is None else things
-    looks = [_look(rng, split if place == 0 or split != "held_out" else "any") for place in range(count)]
+    count = (2 if rng.random() < pairs else 1) if things is None else things
+    looks = [_look(rng, split if place == 0 or split != "held_out" else "any", motions) for place in range(count)]
     while count == 2 and looks[1][1] == looks[0][1]:
-        looks[1] = _look(rng, "any" if split == "held_out" else split)
+        looks[1] = _look(rng, "any" if split == "held_out" else split, motions)
     if count == 2 and rng.random() < 0.5:  # else a held-out pair would always come first
         looks.reverse()
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -193,10 +196,10 @@ def sample_scene(seed: int, index: int, *, split: Split = "train", things: int |
     return scene
 
 
-def _look(rng: np.random.Generator, split: Split) -> Look:
+def _look(rng: np.random.Generator, split: Split, motions: Sequence[str]) -> Look:
     pairs = [pair for pair in product(COLOURS, SHAPES) if split == "any" or (pair in HELD_OUT) == (split == "held_out")]
     colour, shape = pairs[rng.integers(len(pairs))]
-    return shape, colour, str(rng.choice(list(SIZES))), MOTIONS[rng.integers(len(MOTIONS))]
+    return shape, colour, str(rng.choice(list(SIZES))), motions[rng.integers(len(motions))]
 
 
 def _gradient(rng: np.random.Generator) -> float:

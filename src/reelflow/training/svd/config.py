@@ -40,9 +40,9 @@ class SvdConfig(RunConfig):
     `about` single keys may be given."""
     unet: dict[str, Any] = Field(default_factory=dict)
     """Of a new UNet: settings of diffusers' UNetSpatioTemporalConditionModel."""
-    image_encoder: dict[str, Any] = Field(default_factory=dict)
-    """Of a new CLIP tower: settings of transformers' CLIPVisionConfig. It is random and stays so; what the UNet makes of it is
-    learned (keys and values of its attention)."""
+    image_encoder: dict[str, Any] | Path = Field(default_factory=dict)
+    """The CLIP tower of a new model: folder of a trained one (`python -m reelflow.training.svd.tower`), or settings of transformers'
+    CLIPVisionConfig for one that is random and stays so."""
     lora: SvdLora | None = None
     stages: tuple[SvdStage, ...] = Field(min_length=1)
     rates: tuple[float, float] = SPEEDS
@@ -72,6 +72,8 @@ class SvdConfig(RunConfig):
             yield "which UNet? give its settings under unet, or a model to start from with init"
         if self.init and (self.unet or self.image_encoder):
             yield "unet and image_encoder are for a new model; init brings its own"
+        if isinstance(self.image_encoder, Path) and not (self.image_encoder / "config.json").is_file():
+            yield f"image_encoder: no CLIP tower in {self.image_encoder}; train one with: python -m reelflow.training.svd.tower {self.image_encoder}"
         if not SPEEDS[0] <= self.rates[0] <= self.rates[1] <= SPEEDS[1]:
             yield f"rates = {list(self.rates)}: give two of {SPEEDS[0]:g} … {SPEEDS[1]:g} frames per second, the lower one first"
         if self.sample_every and not self.sample_pictures:

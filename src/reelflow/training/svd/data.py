@@ -101,7 +101,8 @@ def motion_strength(sides_per_second: float) -> int:
 
 def seen_by(config: SvdConfig) -> dict[str, Any]:
     """What makes a model see clips as it does."""
-    tower = fingerprint(resolve(config.init) / TOWER) if config.init else dict(sorted(config.image_encoder.items()))
+    given = resolve(config.init) / TOWER if config.init else config.image_encoder
+    tower = fingerprint(given) if isinstance(given, Path) else dict(sorted(given.items()))
     picture = {"rates": list(config.rates), "starts": config.starts, "noise_mean": config.noise_mean, "noise_std": config.noise_std}
     return {"family": "svd", "about.size": config.about.size, "codec": fingerprint(config.vae), TOWER: tower, **picture}
 

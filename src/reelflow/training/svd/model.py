@@ -47,13 +47,18 @@ def open_vae(config: SvdConfig, device: str | torch.device = "cpu") -> Any:
 
 
 def new_image_encoder(config: SvdConfig) -> Any:
-    """A random CLIP tower, the same for the same seed, of values that half precision holds. Raises ValueError for settings it lacks."""
+    """The CLIP tower of a new model: of its folder, or random, the same for the same seed, of values that half precision holds.
+
+    Raises ValueError for a folder without one, or settings it lacks.
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+    if isinstance(config.image_encoder, Path):
+        return load_part(config.image_encoder, TOWER)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.image_encoder))
+            tower: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.image_encoder))
         except (TypeError, ValueError) as error:
             raise ValueError(f"image_encoder: {str(error).splitlines()[0][:160]}") from None
     for p in tower.parameters():
