@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
@@ -9,4 +10,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 failure, 2 wrong usage or bad input, 130 interrupted."""
     from reelflow.cli.app import run
 
+    if argv is None and sys.argv[1:2] == ["train"]:  # a process of its own
+        from reelflow.training.allocator import keep_freed_memory
+
+        keep_freed_memory()
     return run(argv)

@@ -30,7 +30,8 @@ class Rendered:
             raise ValueError("toybox: count, pictures and edits are all 0; ask for some")
 
     def parts(self) -> list[Part]:
-        own = "".join(f", {name} {value}" for name, value in self.config.model_dump(exclude_defaults=True, include={"pairs", "motions"}).items())
+        changed = self.config.model_dump(exclude_defaults=True, include={"pairs", "motions"})
+        own = "".join(f", {name} {value}" for name, value in changed.items())
         return [
             Part(f"toybox {kind} {some.start} to {some.stop - 1}, {length} frames, seed {self.seed}{own}", len(some))
             for kind, length, some in self._parts

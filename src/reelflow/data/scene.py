@@ -199,7 +199,7 @@ def sample_scene(
 def _look(rng: np.random.Generator, split: Split, motions: Sequence[str]) -> Look:
     pairs = [pair for pair in product(COLOURS, SHAPES) if split == "any" or (pair in HELD_OUT) == (split == "held_out")]
     colour, shape = pairs[rng.integers(len(pairs))]
-    return shape, colour, str(rng.choice(list(SIZES))), motions[rng.integers(len(motions))]
+    return shape, colour, str(rng.choice(list(SIZES))), motions[int(rng.integers(len(motions)))]
 
 
 def _gradient(rng: np.random.Generator) -> float:

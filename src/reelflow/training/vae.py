@@ -27,6 +27,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from reelflow.data.toybox import CLIP, Split, render, sample_scene
+from reelflow.training.allocator import keep_freed_memory
 from reelflow.training.muon import Muon
 from reelflow.training.one_pass import channels_last, one_pass
 from reelflow.training.vae_batches import VaeTraining, backdrop, batch, foreground, to_pixels
@@ -305,4 +306,5 @@ def main(kind: Kind = WAN) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

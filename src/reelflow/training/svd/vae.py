@@ -18,6 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from reelflow.training.allocator import keep_freed_memory
 from reelflow.training.svd.codec import TemporalPass
 from reelflow.training.vae import Kind, main
 from reelflow.training.vae_batches import VaeTraining
@@ -90,4 +91,5 @@ SVD = Kind(
 )  # fmt: skip
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main(SVD)
