@@ -15,7 +15,6 @@ import reelflow.training.svd.tower as module
 from reelflow.adapters.svd import CLIP_MEAN, CLIP_STD, load_part
 from reelflow.data.toybox import Scene, Thing, render, sample_scene
 from reelflow.pipelines.svd.picture import clip_view
-from reelflow.training.svd.config import SvdConfig
 from reelflow.training.svd.model import new_image_encoder
 from reelflow.training.svd.tower import KNOWN, grey, main, measure, new_tower, pictures, train
 
@@ -99,4 +98,5 @@ def test_its_folder_is_a_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_folder_without_a_tower_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_encoder: no CLIP tower in .*nothing; train one with: python -m"):
-        SvdConfig.parse(tiny["SETTINGS"] | {"vae": str(tmp_path), "image_encoder": str(tmp_path / "nothing")})
+        tiny["write"](tmp_path, image_encoder=str(tmp_path / "nothing"))
+    assert not (tmp_path / "latents").exists(), "nothing is half prepared"

@@ -72,9 +72,6 @@ class SvdConfig(RunConfig):
             yield "which UNet? give its settings under unet, or a model to start from with init"
         if self.init and (self.unet or self.image_encoder):
             yield "unet and image_encoder are for a new model; init brings its own"
-        if isinstance(self.image_encoder, Path) and not (self.image_encoder / "config.json").is_file():
-            where = self.image_encoder
-            yield f"image_encoder: no CLIP tower in {where}; train one with: python -m reelflow.training.svd.tower {where}"
         if not SPEEDS[0] <= self.rates[0] <= self.rates[1] <= SPEEDS[1]:
             yield f"rates = {list(self.rates)}: give two of {SPEEDS[0]:g} … {SPEEDS[1]:g} frames per second, the lower one first"
         if self.sample_every and not self.sample_pictures:

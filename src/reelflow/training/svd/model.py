@@ -54,6 +54,9 @@ def new_image_encoder(config: SvdConfig) -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     if isinstance(config.image_encoder, Path):
+        if not (config.image_encoder / "config.json").is_file():
+            words = f"train one with: python -m reelflow.training.svd.tower {config.image_encoder}"
+            raise ValueError(f"image_encoder: no CLIP tower in {config.image_encoder}; {words}")
         return load_part(config.image_encoder, TOWER)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
