@@ -41,8 +41,8 @@ from reelflow.sampling import Schedule
 
 SEED = 20_000
 """Of the scenes asked for; training uses others."""
-EDITED = CLIP
-"""Frames of a clip that is edited: the length that `generate` makes."""
+EDITED = 17
+"""Frames of a clip that is edited: too few to name every motion by."""
 NEAR = 8.0
 """Pixels: half a latent place, less than the radius of a small thing."""
 ROWS: dict[str, tuple[Split, int]] = {"one_thing": ("train", 1), "held_out": ("held_out", 1), "two_things": ("train", 2)}
