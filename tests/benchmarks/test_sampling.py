@@ -58,7 +58,8 @@ def test_thirty_seconds_against_five(tiny_model: Path, tmp_path: Path) -> None:
     found = scaling.lengths(pipe, str(tiny_model), 1, frames=(2, 3, 6))
     assert [(row["latent_frames"], row["mode"]) for row in found["rows"]] == [(f, m) for f in (2, 3, 6) for m in ("windows", "ring")]
     assert (found["short"], found["long"], set(found["ratios"])) == (3, 6, {"windows", "ring"})
-    assert all(ratio["time"] > 0 for ratio in found["ratios"].values()), "how much above 1 is for the benchmark to say"
+    passes = {(row["mode"], row["latent_frames"]): row["passes"] for row in found["rows"]}
+    assert all(passes[mode, 3] < passes[mode, 6] for mode in ("windows", "ring")), "more work, whatever the clock says"
     scaling.plot(tmp_path / "plot.png", found, scaling.resolutions(pipe, 1, frames=1), 8, 4)
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "plot.png").stat().st_size < 100_000

@@ -34,7 +34,7 @@ def test_what_a_picture_shows() -> None:
     """Every word of its scene and no other, for every frame that is taken of it."""
     scene = Scene((Thing("star", "cyan", "small", "stays still", 40, 40), Thing("ball", "red", "small", "stays still", 90, 90)), "navy")
     shown = pictures([scene, sample_scene(0, 0)], frames=2)
-    assert shown.views.shape == (4, 3, 224, 224)
+    assert shown.pixels.shape == (4, 3, 224, 224)
     assert words_of(shown.words[1]) == {"star", "ball", "cyan", "red", "small", "navy"}
     assert torch.equal(shown.words[0], shown.words[1])
     assert not torch.equal(shown.words[1], shown.words[2])
@@ -48,14 +48,15 @@ def test_views_are_those_that_the_pipeline_shows() -> None:
     """But for edges, which are finer where a picture is rendered at this size."""
     scene = Scene((Thing("box", "red", "large", "stays still", 64, 40),), "navy")
     small = clip_view(render([scene], 1)[0].permute(0, 3, 1, 2).float() / 127.5 - 1, CLIP_MEAN, CLIP_STD)
-    difference = (pictures([scene], frames=1).views - small).abs()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    difference = ((pictures([scene], frames=1).pixels - mean) / std - small).abs()
     assert difference.median() < 0.02
     assert difference.mean() < 0.05
 
 
 def test_grey_pictures_have_no_colour_and_no_white() -> None:
     scene = Scene((Thing("box", "white", "large", "stays still", 64, 40),), "navy")
-    pixels = grey(pictures([scene], frames=1).views) * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    pixels = grey(pictures([scene], frames=1).pixels)
     torch.testing.assert_close(pixels[:, 0], pixels[:, 2])
     assert pixels.max() == pytest.approx(0.8 * 240 / 255, abs=0.01)
 

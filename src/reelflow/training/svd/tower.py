@@ -37,7 +37,7 @@ from reelflow.training.muon import Muon
 
 WORDS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "background": tuple(BACKGROUNDS)}
 KNOWN = [word for known in WORDS.values() for word in known]
-COLOURLESS = torch.tensor([word in (*SHAPES, *SIZES) for word in KNOWN])
+COLOURLESS = torch.tensor([float(word in (*SHAPES, *SIZES)) for word in KNOWN])
 """Words for what is seen without colour."""
 SETTINGS: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 16, "projection_dim": 64,
@@ -68,8 +68,8 @@ def new_tower() -> Any:
 class Pictures(NamedTuple):
     """What is learned from."""
 
-    views: Tensor
-    """For CLIP, (B, 3, 224, 224)."""
+    pixels: Tensor
+    """0 … 1, at the size of CLIP's view, (B, 3, 224, 224)."""
     words: Tensor
     """Which they show, (B, K), 0 or 1."""
     things: Tensor
@@ -79,9 +79,8 @@ class Pictures(NamedTuple):
 
 
 def pictures(scenes: Sequence[Scene], frames: int = FRAMES, patches: int = 14) -> Pictures:
-    """Some frames of each scene, spread over a clip, rendered at the size of the view. patches: of a row."""
+    """Some frames of each scene, spread over a clip. patches: of a row."""
     pace = (CLIP - 1) / max(1, frames - 1)
-    shown = render(scenes, frames, VIEW, pace=pace).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     row = (torch.arange(patches) + 0.5) * (FRAME / patches)
     place_P2 = torch.cartesian_prod(row, row).flip(1)
     found = []
@@ -90,28 +89,27 @@ def pictures(scenes: Sequence[Scene], frames: int = FRAMES, patches: int = 14) -
         of_patch, covered = torch.zeros(frames, len(place_P2), len(KNOWN)), torch.zeros(frames, len(place_P2), dtype=torch.bool)
         for index, thing in enumerate(scene.things):
             on = (place_P2 - tracks[:, index, None]).norm(dim=-1) < thing.radius
-            of_patch[on], covered = _told(thing.shape, thing.colour, thing.size, scene.background), covered | on
-        all_words = _told(scene.background, *(word for thing in scene.things for word in (thing.shape, thing.colour, thing.size)))
-        found.append((all_words.expand(frames, -1), of_patch, covered))
-    return Pictures(standardised(shown), *(torch.cat(column) for column in zip(*found, strict=True)))
+            of_patch[on], covered = told(thing.shape, thing.colour, thing.size, scene.background), covered | on
+        found.append((words(scene).expand(frames, -1), of_patch, covered))
+    pixels = render(scenes, frames, VIEW, pace=pace).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    return Pictures(pixels, *(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def standardised(x_B3HW: Tensor) -> Tensor:
-    """Of pixels 0 … 1."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (x_B3HW - mean) / std
+def told(*named: str) -> Tensor:
+    """(K,), 1 for each of these words."""
+    return torch.tensor([float(word in named) for word in KNOWN])
 
 
-def grey(x_B3HW: Tensor) -> Tensor:
-    """Standardised pictures without colour, and so dim that nothing is white: shapes have to be told without it, or a colour that comes
-    with three shapes in training would rule out the fourth.
+def words(scene: Scene) -> Tensor:
+    """(K,): those that a picture of it shows."""
+    return told(scene.background, *(word for thing in scene.things for word in (thing.shape, thing.colour, thing.size)))
+
+
+def grey(pixels_B3HW: Tensor) -> Tensor:
+    """Pictures without colour, and so dim that nothing is white: shapes have to be told without it, or a colour that comes with three
+    shapes in training would rule out the fourth.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return standardised((0.8 * (x_B3HW * std + mean).mean(1, keepdim=True)).expand_as(x_B3HW))
-
-
-def _told(*words: str) -> Tensor:
-    return torch.tensor([float(word in words) for word in KNOWN])
+    return (0.8 * pixels_B3HW.mean(1, keepdim=True)).expand_as(pixels_B3HW)
 
 
 def train(steps: int, batch: int = 32, rate: float = 3e-3, seed: int = 0, log_every: int = 100) -> tuple[Any, nn.Linear]:
@@ -122,27 +120,28 @@ def train(steps: int, batch: int = 32, rate: float = 3e-3, seed: int = 0, log_ev
     """
     torch.manual_seed(seed)
     tower = new_tower()
-    readers = nn.ModuleList(nn.Linear(width, len(KNOWN)) for width in (tower.config.projection_dim, tower.config.hidden_size))
+    reader, patch_reader = (nn.Linear(width, len(KNOWN)) for width in (tower.config.projection_dim, tower.config.hidden_size))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     named = dict(tower.named_parameters())
     matrices = [p for name, p in named.items() if ".layers." in name and p.ndim == 2]
-    others = [p for p in (*named.values(), *readers.parameters()) if not any(p is q for q in matrices)]
+    others = [p for p in (*named.values(), *reader.parameters(), *patch_reader.parameters()) if not any(p is q for q in matrices)]
     adam = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     patches = tower.config.image_size // tower.config.patch_size
     indices, began, recent = np.random.default_rng(seed), time.monotonic(), []
     optimisers = (adam, Muon(matrices, lr=rate))
     for step in range(steps):
         shown = pictures([sample_scene(seed, int(index)) for index in indices.integers(2**40, size=batch)], patches=patches)
-        half = len(shown.views) // 2
-        views = torch.cat((shown.views[:half], grey(shown.views[half:])))
-        told_BK = torch.cat((torch.ones(half, len(KNOWN)), (1.0 * COLOURLESS).expand(len(views) - half, -1)))
+        half = len(shown.pixels) // 2
+        pixels = torch.cat((shown.pixels[:half], grey(shown.pixels[half:])))
+        told_BK = torch.cat((torch.ones(half, len(KNOWN)), COLOURLESS.expand(len(pixels) - half, -1)))
         with torch.autocast("cpu", torch.bfloat16):
-            seen = tower(views)
-        on = shown.on_thing
+            seen = tower((pixels - mean) / std)
+        on, of_patch = shown.on_thing, seen.last_hidden_state[:, 1:].float()
         whole, patch = (
-            (told * F.binary_cross_entropy_with_logits(read, true, reduction="none")).sum() / told.sum()
-            for told, read, true in (
-                (told_BK, readers[0](seen.image_embeds.float()), shown.words),
-                (told_BK[:, None].expand(-1, on.shape[1], -1)[on], readers[1](seen.last_hidden_state[:, 1:].float()[on]), shown.things[on]),
+            (counts * F.binary_cross_entropy_with_logits(read, true, reduction="none")).sum() / counts.sum()
+            for counts, read, true in (
+                (told_BK, reader(seen.image_embeds.float()), shown.words),
+                (told_BK[:, None].expand(-1, on.shape[1], -1)[on], patch_reader(of_patch[on]), shown.things[on]),
             )
         )
         loss = whole + patch
@@ -160,18 +159,19 @@ def train(steps: int, batch: int = 32, rate: float = 3e-3, seed: int = 0, log_ev
             of_picture, of_patches = np.mean(recent, 0)
             sys.stderr.write(f"step {step + 1}/{steps}  picture {of_picture:.4f}  patches {of_patches:.4f}  {left:.1f} min left\n")
             recent.clear()
-    return tower.eval(), readers[0]  # type: ignore[return-value]  # which is a linear layer
+    return tower.eval(), reader
 
 
 @torch.no_grad()
 def measure(tower: Any, reader: nn.Linear, split: Split, count: int = 256) -> dict[str, float]:
     """Shares of fresh pictures of one thing, of that split's colour–shape pairs, whose words of each kind are read right."""
-    shown = pictures([sample_scene(10**6, index, split=split, things=1) for index in range(count)])
-    small = render([sample_scene(10**6, index, split=split, things=1) for index in range(count)], FRAMES, pace=CLIP - 1).flatten(0, 1)
+    scenes = [sample_scene(10**6, index, split=split, things=1) for index in range(count)]
+    true_BK = torch.stack([words(scene) for scene in scenes]).repeat_interleave(FRAMES, 0)
+    small = render(scenes, FRAMES, pace=CLIP - 1).flatten(0, 1)
     views = clip_view(small.permute(0, 3, 1, 2).float() / 127.5 - 1, CLIP_MEAN, CLIP_STD)
     read = torch.cat([reader(tower(some).image_embeds) for some in views.split(64)])
     widths = [len(known) for known in WORDS.values()]
-    pairs = zip(WORDS, read.split(widths, 1), shown.words.split(widths, 1), strict=True)
+    pairs = zip(WORDS, read.split(widths, 1), true_BK.split(widths, 1), strict=True)
     return {kind: float((own.argmax(1) == true.argmax(1)).float().mean()) for kind, own, true in pairs}
 
 
