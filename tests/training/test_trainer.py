@@ -21,6 +21,7 @@ from reelflow.training.batches import Batch
 from reelflow.training.config import TextConfig, TrainConfig
 from reelflow.training.flow import FlowObjective
 from reelflow.training.loss import nll, score_loss, score_target
+from reelflow.training.optimizers import rate
 from reelflow.training.text import new_text_encoder
 from reelflow.training.trainer import Trainer
 
@@ -182,11 +183,24 @@ def test_large_gradients_are_clipped_and_after_a_hundred_steps_skipped(tmp_path:
 def test_the_rate_warms_up_and_falls_along_a_cosine(tmp_path: Path, text: TextEncoder) -> None:
     stages = [{"steps": 60, "buckets": SETTINGS["stages"][0]["buckets"]}, {"steps": 50, "buckets": SETTINGS["stages"][0]["buckets"]}]
     trainer = make_trainer(tmp_path, text, {"stages": stages, "warmup": 10, "min_lr": 1e-4})
-    rates = [trainer.optimizers.rate(step, 1e-3) for step in range(111)]
+    rates = [rate(trainer.config, 1e-3, step, trainer.config.steps) for step in range(111)]
     assert rates[:10] == pytest.approx([1e-4 * (step + 1) for step in range(10)])
     assert rates[10:] == pytest.approx([1e-4 + 4.5e-4 * (1 + math.cos(math.pi * step / 100)) for step in range(101)])
     trainer.train_step()
     assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers.all] == pytest.approx([3e-4, 1e-4])
+
+
+def test_the_denoiser_has_a_schedule_of_its_own(tmp_path: Path, text: TextEncoder) -> None:
+    """Over the steps in which it learns: where it comes last, its rate is not what the flow's cosine has left."""
+    buckets = SETTINGS["stages"][0]["buckets"]
+    stages = [{"steps": steps, "buckets": buckets, "denoiser": learns} for steps, learns in ((30, False), (20, True), (40, False), (10, True))]
+    trainer = make_trainer(tmp_path, text, {"stages": stages, "warmup": 5, "denoiser_lr": 1e-3})
+    config = trainer.config
+    assert [config.denoising(step) for step in (0, 30, 31, 50, 90, 91, 100, 200)] == [0, 0, 1, 20, 20, 21, 30, 30]
+    found = [trainer.optimizers.rates(step)[-1] for step in (30, 34, 35, 49, 91, 99)]
+    assert found == [rate(config, 1e-3, step, 30) for step in (0, 4, 5, 19, 21, 29)]
+    assert max(found) == found[1] == 1e-3
+    assert trainer.optimizers.rates(99)[0] == rate(config, config.lr, 99, 100)
 
 
 def test_the_average_follows_the_weights(tmp_path: Path, text: TextEncoder) -> None:

@@ -181,6 +181,7 @@ class TrainConfig(RunConfig):
     """Train the text encoder of that folder along; a new one always is."""
     stages: tuple[Stage, ...] = Field(min_length=1)
     denoiser_lr: float = Field(1e-4, gt=0)
+    """Peak of the denoiser's own warm-up and cosine, which run over the steps in which it learns."""
     text_drop: float = Field(0.1, ge=0, le=1)
     """Share of clips that lose their caption, so that guidance has an unconditional model."""
     noise_range: tuple[float, float] | None = None
@@ -191,6 +192,11 @@ class TrainConfig(RunConfig):
 
     def stage(self, step: int) -> Stage:
         return self.stages[self.place(step)]
+
+    def denoising(self, step: int) -> int:
+        """Steps before `step` in which the denoiser learns."""
+        begins = sums((stage.steps for stage in self.stages), initial=0)
+        return sum(min(max(step - begin, 0), stage.steps) for stage, begin in zip(self.stages, begins, strict=False) if stage.denoiser)
 
     def wrong(self) -> Iterator[str]:
         if self.latents is None and self.data is None:

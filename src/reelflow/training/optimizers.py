@@ -34,34 +34,31 @@ class Optimizers:
         matrices = {id(weights[name]) for name in names}
         use_muon = config.optimizer == "muon"
         self.all: list[torch.optim.Optimizer] = []
-        self.peaks: list[float] = []
         if self.main:
             self.all.append(adamw(config, [p for p in self.main if not (use_muon and id(p) in matrices)], config.lr))
-            self.peaks.append(config.lr)
         if use_muon:
             self.all.append(Muon([p for p in self.main if id(p) in matrices], config.lr))
-            self.peaks.append(config.lr)
         if self.denoiser:
             assert isinstance(config, TrainConfig)
             self.all.append(adamw(config, self.denoiser, config.denoiser_lr))
-            self.peaks.append(config.denoiser_lr)
 
-    def rate(self, step: int, peak: float) -> float:
-        """Learning rate: linear warm-up, then cosine to `min_lr`."""
+    def rates(self, step: int) -> list[float]:
+        """Learning rates of all optimisers. The denoiser's runs over the steps in which it learns."""
         config = self.config
-        if step < config.warmup:
-            return peak * (step + 1) / config.warmup
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        found = [rate(config, config.lr, step, config.steps)] * len(self.all)
+        if self.denoiser:
+            assert isinstance(config, TrainConfig)
+            found[-1] = rate(config, config.denoiser_lr, config.denoising(step), config.denoising(config.steps))
+        return found
 
     def step(self, step: int) -> None:
         """Move the weights along their gradients, at the rates of that step."""
-        for optimizer, peak in zip(self.all, self.peaks, strict=True):
+        for optimizer, value in zip(self.all, self.rates(step), strict=True):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(self.rate(step, peak))
+                    group["lr"].fill_(value)
                 else:
-                    group["lr"] = self.rate(step, peak)
+                    group["lr"] = value
             with self._run_as_written():
                 optimizer.step()
 
@@ -105,6 +102,14 @@ class Optimizers:
                 value = state.get(f"{name}.{key}")
                 if value is not None:
                     optimizer.state[p][key] = kept(optimizer, p, key, value)
+
+
+def rate(config: RunConfig, peak: float, step: int, steps: int) -> float:
+    """Learning rate at `step` of so many: linear warm-up, then cosine to `min_lr`."""
+    if step < config.warmup:
+        return peak * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, steps - config.warmup)
+    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def adamw(config: RunConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
