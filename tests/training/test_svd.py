@@ -126,7 +126,7 @@ def test_a_scene_at_another_pace_is_the_same_scene() -> None:
 
 
 def test_motion_strength_grows_with_movement() -> None:
-    found = [motion_strength(speed) for speed in (-1.0, 0.0, 0.1, 0.5, 0.99, 1.0, 7.0)]
+    found = [motion_strength(speed) for speed in (-1.0, 0.0, 0.1, 0.25, 0.49, 0.5, 7.0)]
     assert found == sorted(found)
     assert (found[0], found[1], found[3], found[-1]) == (1, 1, 128, 255)
 

@@ -192,8 +192,8 @@ def test_the_rate_warms_up_and_falls_along_a_cosine(tmp_path: Path, text: TextEn
 
 def test_the_denoiser_has_a_schedule_of_its_own(tmp_path: Path, text: TextEncoder) -> None:
     """Over the steps in which it learns: where it comes last, its rate is not what the flow's cosine has left."""
-    buckets = SETTINGS["stages"][0]["buckets"]
-    stages = [{"steps": steps, "buckets": buckets, "denoiser": learns} for steps, learns in ((30, False), (20, True), (40, False), (10, True))]
+    buckets, plan = SETTINGS["stages"][0]["buckets"], ((30, False), (20, True), (40, False), (10, True))
+    stages = [{"steps": steps, "buckets": buckets, "denoiser": learns} for steps, learns in plan]
     trainer = make_trainer(tmp_path, text, {"stages": stages, "warmup": 5, "denoiser_lr": 1e-3})
     config = trainer.config
     assert [config.denoising(step) for step in (0, 30, 31, 50, 90, 91, 100, 200)] == [0, 0, 1, 20, 20, 21, 30, 30]

@@ -197,55 +197,57 @@ class Residual(nn.Module):
         if not self.timed:
             return
         x_RCFS = x_NCHW.permute(0, 2, 3, 1).unflatten(0, (-1, frames)).flatten(2, 3).permute(0, 3, 1, 2)
-        step = step_of(x_RCFS, x_RCFS[..., 0].numel())
-        if step >= x_RCFS.shape[3]:
+        if step_of(x_RCFS, x_RCFS[..., 0].numel()) >= x_RCFS.shape[3]:
             h_RCFS = self.time_conv1(F.silu(group_norm(x_RCFS, self.time_norm1, eps), inplace=True), bias)
             x_RCFS.add_(self.time_conv2(F.silu(group_norm(h_RCFS, self.time_norm2, eps), inplace=True)))
             return
-        first = _affine(x_RCFS.split(step, 3), self.time_norm1, eps)
+        for row_1CFS in x_RCFS.split(1):
+            self._row_temporal_(row_1CFS, bias, eps)
+
+    def _row_temporal_(self, x_1CFS: Tensor, bias: Tensor | None, eps: float | None) -> None:
+        step = step_of(x_1CFS, x_1CFS[..., 0].numel())
+        first = _affine(x_1CFS.split(step, 3), self.time_norm1, eps)
 
         def inner() -> Iterator[Tensor]:
-            for piece in x_RCFS.split(step, 3):
+            for piece in x_1CFS.split(step, 3):
                 yield self.time_conv1(_activated(piece, *first), bias)
 
         if care().again:
             second = _affine(inner(), self.time_norm2, eps)
             pieces = inner()
         else:
-            h_RCFS = torch.empty_like(x_RCFS)
-            for kept, piece in zip(h_RCFS.split(step, 3), inner(), strict=True):
+            h_1CFS = torch.empty_like(x_1CFS)
+            for kept, piece in zip(h_1CFS.split(step, 3), inner(), strict=True):
                 kept.copy_(piece)
-            second = _affine(h_RCFS.split(step, 3), self.time_norm2, eps)
-            pieces = iter(h_RCFS.split(step, 3))
-        for x, piece in zip(x_RCFS.split(step, 3), pieces, strict=True):
+            second = _affine(h_1CFS.split(step, 3), self.time_norm2, eps)
+            pieces = iter(h_1CFS.split(step, 3))
+        for x, piece in zip(x_1CFS.split(step, 3), pieces, strict=True):
             x.add_(self.time_conv2(_activated(piece, *second)))
 
 
-def _activated(x_RCFS: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU of a group norm, given as scale and shift."""
-    return F.silu(torch.addcmul(shift, x_RCFS.to(shift.dtype), scale), inplace=True).to(x_RCFS.dtype)
+def _activated(x_1CFS: Tensor, scale_C: Tensor, shift_C: Tensor) -> Tensor:
+    """SiLU of a group norm, given as scale and shift; rounded once where x is coarser than these."""
+    if x_1CFS.dtype == scale_C.dtype:
+        moved = torch.addcmul(shift_C.view(1, -1, 1, 1), x_1CFS, scale_C.view(1, -1, 1, 1))
+    else:
+        moved = F.batch_norm(x_1CFS, torch.zeros_like(scale_C), torch.ones_like(scale_C), scale_C, shift_C, eps=0.0)
+    return F.silu(moved, inplace=True)
 
 
 def _affine(pieces: Iterable[Tensor], norm: nn.GroupNorm, eps: float | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift (R, C, 1, 1), float32 or finer, that a group norm over all pieces (R, C, F, …) comes to. Moments about each
-    channel's first value: no cancellation.
-    """
-    origin = first = second = torch.zeros(())
-    count = 0
+    """Scale and shift (C,), float32 or finer, that a group norm over all pieces (1, C, F, …) of a clip comes to."""
+    moments, counts = [], []
     for piece in pieces:
-        exact = torch.promote_types(piece.dtype, torch.float32)
-        if not count:
-            origin = piece[:, :, :1, :1].clone()
-        moved = (piece - origin).to(exact)
-        first, second, count = first + moved.sum((2, 3)), second + moved.square_().sum((2, 3)), count + piece[0, 0].numel()
-    first, second = first / count, second / count
-    mean_RGc = (first + origin[:, :, 0, 0]).unflatten(1, (GROUPS, -1))
-    mean_RG1 = mean_RGc.mean(2, keepdim=True)
-    spread = (second - first.square()).unflatten(1, (GROUPS, -1)) + (mean_RGc - mean_RG1).square()
-    rate = torch.rsqrt(spread.mean(2, keepdim=True) + (norm.eps if eps is None else eps)).expand_as(mean_RGc).flatten(1)
-    scale = rate * norm.weight.to(rate.dtype)
-    shift = norm.bias.to(rate.dtype) - mean_RG1.expand_as(mean_RGc).flatten(1) * scale
-    return scale[:, :, None, None], shift[:, :, None, None]
+        room = piece.new_empty(2, piece.shape[1], dtype=torch.promote_types(piece.dtype, torch.float32))
+        moments.append(torch.stack(torch.ops.aten.batch_norm_update_stats(piece, *room, 1.0)))  # by channel: mean, mean square about it
+        counts.append(piece[0, 0].numel())
+    mean_PGc, spread_PGc = torch.stack(moments, 1).unflatten(2, (GROUPS, -1))
+    share_P11 = (mean_PGc.new_tensor(counts) / sum(counts))[:, None, None]
+    mean_G1 = (share_P11 * mean_PGc).sum(0).mean(1, keepdim=True)
+    spread_G1 = (share_P11 * (spread_PGc + (mean_PGc - mean_G1).square())).sum(0).mean(1, keepdim=True)
+    rate_G1 = torch.rsqrt(spread_G1 + (norm.eps if eps is None else eps))
+    scale_Gc = rate_G1 * norm.weight.to(rate_G1.dtype).unflatten(0, (GROUPS, -1))
+    return scale_Gc.flatten(), norm.bias.to(rate_G1.dtype) - (mean_G1 * scale_Gc).flatten()
 
 
 __all__ = ["Care", "Columns", "Convolution", "Given", "Residual", "Upsample", "care", "caring"]

@@ -11,7 +11,7 @@
 
 so that training needs neither VAE nor CLIP. `svd.shows` makes batches of that, or of the clips themselves by the same means.
 
-**Motion strength** is 1 + 254 · min(1, v), v the movement in sides of the frame per second, averaged over the row. It is per second,
+**Motion strength** is 1 + 254 · min(1, 2 v), v the movement in sides of the frame per second, averaged over the row. It is per second,
 not per frame: at one motion strength, things move less from frame to frame the higher the rate.
 
 Shapes: F frames, H × W pixels, C latent channels, h × w places, K pictures, E channels of CLIP's embedding.
@@ -96,8 +96,8 @@ def speeds(pixels_F3HW: Tensor) -> Tensor:
 
 
 def motion_strength(sides_per_second: float) -> int:
-    """1 … 255."""
-    return round(1 + 254 * min(1.0, max(0.0, sides_per_second)))
+    """1 … 255; the usual 127 is a quarter of the frame's side in a second, about the median of toybox."""
+    return round(1 + 254 * min(1.0, max(0.0, 2 * sides_per_second)))
 
 
 def seen_by(config: SvdConfig) -> dict[str, Any]:
