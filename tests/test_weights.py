@@ -36,7 +36,7 @@ def test_mini_knows_toybox() -> None:
     pipe, clip = reelflow.load("mini", "cpu"), Clip(render([scene], 33)[0].numpy(), 16)
     assert psnr(pipe.codec.decode(pipe.codec.encode(torch.from_numpy(clip.frames)[None]))[0].numpy(), clip.frames) > 32
     own = pipe.score(clip, canonical(scene)).bits_per_dim
-    assert own < 0.4
+    assert own < -0.55  # the noise alone has −0.69
     assert pipe.score(clip, "a small white star circles on a navy background").bits_per_dim > own
     shuffled = Clip(clip.frames[np.random.default_rng(0).permutation(33)], 16)
     assert pipe.score(shuffled, canonical(scene)).bits_per_dim > own
