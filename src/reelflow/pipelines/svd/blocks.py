@@ -230,6 +230,7 @@ def _activated(x_1CFS: Tensor, scale_C: Tensor, shift_C: Tensor) -> Tensor:
     if x_1CFS.dtype == scale_C.dtype:
         moved = torch.addcmul(shift_C.view(1, -1, 1, 1), x_1CFS, scale_C.view(1, -1, 1, 1))
     else:
+        x_1CFS = x_1CFS.contiguous(memory_format=torch.channels_last)  # of a piece, without which the norm is slow
         moved = F.batch_norm(x_1CFS, torch.zeros_like(scale_C), torch.ones_like(scale_C), scale_C, shift_C, eps=0.0)
     return F.silu(moved, inplace=True)
 
@@ -239,6 +240,7 @@ def _affine(pieces: Iterable[Tensor], norm: nn.GroupNorm, eps: float | None) -> 
     moments, counts = [], []
     for piece in pieces:
         room = piece.new_empty(2, piece.shape[1], dtype=torch.promote_types(piece.dtype, torch.float32))
+        piece = piece.contiguous(memory_format=torch.channels_last)
         moments.append(torch.stack(torch.ops.aten.batch_norm_update_stats(piece, *room, 1.0)))  # by channel: mean, mean square about it
         counts.append(piece[0, 0].numel())
     mean_PGc, spread_PGc = torch.stack(moments, 1).unflatten(2, (GROUPS, -1))
