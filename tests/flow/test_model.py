@@ -135,7 +135,7 @@ def test_save_and_load(tiny: Any, tmp_path: Path) -> None:
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     for found, wanted in zip(again(tiny.x, tiny.text), tiny.model(tiny.x, tiny.text), strict=True):
-        torch.testing.assert_close(found, wanted, atol=0, rtol=1e-10)  # a product's last bit may follow from where in memory its factors are
+        torch.testing.assert_close(found, wanted, atol=0, rtol=1e-10)  # last bits may follow from where in memory factors are
 
 
 def test_every_parameter_gets_a_gradient(tiny: Any) -> None:
