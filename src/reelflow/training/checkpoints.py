@@ -72,7 +72,7 @@ class Checkpoints:
         if error := writing.exception():
             if self.ranks.first:
                 warnings.warn(f"step {step}: {self.failure(error)}", UserWarning, stacklevel=2)
-            self.failed = step
+            self.failed, self.why = step, reason(error)
         return True
 
     def wait(self) -> None:
@@ -82,7 +82,8 @@ class Checkpoints:
             self.check()
 
     failed: int | None = None
-    """The step whose checkpoint could not be written last."""
+    why = ""
+    """The step whose checkpoint could not be written last, and the error."""
 
     def failure(self, error: BaseException) -> str:
         good = self.latest()

@@ -139,7 +139,8 @@ class Trainer(Generic[Trained]):
             if self.log:
                 self.log.close()
         if self.checkpoints.failed == config.steps:
-            raise ValueError(f"{self.folder}: the last checkpoint could not be written; free space and start the same command again")
+            why = f"the last checkpoint could not be written ({self.checkpoints.why})"
+            raise ValueError(f"{self.folder}: {why}; free space and start the same command again")
 
     def standing(self) -> str:
         """Where the run could go on from, for a message."""
