@@ -103,7 +103,7 @@ class Checkpoints:
         try:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                partial.mkdir(parents=True, exist_ok=True)  # another rank may have made it between these lines
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(state, storage_writer=writer, process_group=self.ranks.files, no_dist=self.ranks.files is None)
             if self.ranks.first:
