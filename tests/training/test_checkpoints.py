@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import runpy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_a_checkpoint_holds_tensors_and_json_only(tmp_path: Path) -> None:
     assert [path.suffix for path in files] == [".json", ".safetensors"]
     with safe_open(files[1], "pt") as file:
         assert set(file.keys()) == {"weights.a", "weights.b", "run.rows"}
+
+
+def test_another_rank_may_make_the_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = shutil.rmtree
+
+    def then_made_by_another(path: Path, ignore_errors: bool = False) -> None:
+        remove(path, ignore_errors=ignore_errors)
+        if path.name.startswith(".step-"):
+            path.mkdir(parents=True)
+
+    monkeypatch.setattr(shutil, "rmtree", then_made_by_another)
+    found = checkpoints(tmp_path)
+    found.save(1, state(1.0))
+    found.close()
+    assert found.failed is None
+    assert read(found) == (1, 1.0)
 
 
 def test_a_full_disk_leaves_the_one_before_and_says_so_in_one_line(tmp_path: Path) -> None:
