@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from reelflow.config import FlowConfig
-from reelflow.flow import StarFlow
 from reelflow.training import flops
 from reelflow.training.config import TrainConfig
 from reelflow.training.flow import FlowObjective
+from reelflow.training.foresight import ForeseeingFlow
 from reelflow.training.progress import Log, Meter
 
 tiny = runpy.run_path(str(Path(__file__).with_name("tiny.py")))
@@ -44,19 +44,22 @@ def attention(query: Any, key: Any, value: Any, drop: float = 0.0, causal: bool 
 )
 def test_the_arithmetic_is_what_torch_counts(change: dict[str, Any]) -> None:
     config = FlowConfig(**(BASE | change))
-    flow, x = StarFlow(config), torch.randn(1, 4, 3, 3, 5)
+    flow, x = ForeseeingFlow(config), torch.randn(1, 4, 3, 3, 5)
     text = torch.randn(1, 6, 8) if config.text_tokens else None
+    foreseen = lambda x, text: flow.both_parameters(flow.to_deep(x), (3, 5), text)  # noqa: E731
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    for forward, expected in ((flow, flops.flow_forward(config, 4, 15)), (flow.score, flops.denoiser_forward(config, 4, 15))):
-        if forward is not flow and config.denoiser is None:
+    alone, foresight = flops.flow_forward(config, 4, 15), flops.foresight_forward(config, 4, 15)
+    for forward, expected in ((flow, alone), (foreseen, alone + foresight), (flow.score, flops.denoiser_forward(config, 4, 15))):
+        if forward == flow.score and config.denoiser is None:
             assert expected == 0
             continue
         with FlopCounterMode(display=False, custom_mapping=kernels) as counter, torch.no_grad():
             forward(x, text)
         assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
-    both = flops.flow_forward(config, 4, 15) + flops.denoiser_forward(config, 4, 15)
+    both = alone + flops.denoiser_forward(config, 4, 15)
     assert flops.training_step(config, 4, 15) == 3 * both
-    assert flops.training_step(config, 4, 15, denoiser=False, adapters=True) == 2 * flops.flow_forward(config, 4, 15)
+    assert flops.training_step(config, 4, 15, denoiser=False, adapters=True) == 2 * alone
+    assert flops.training_step(config, 4, 15, denoiser=False, foresight=True) == 3 * (alone + foresight)
 
 
 def test_published_arithmetic_is_six_times_parameters_and_tokens() -> None:

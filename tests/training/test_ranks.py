@@ -61,7 +61,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process comes to."""
     folder = tmp_path_factory.mktemp("alone")
     tiny["write_base"](folder)
-    for name in ("alone", "parts", "muon", "8 bits", "wide", "adapters"):
+    for name in ("alone", "parts", "muon", "8 bits", "wide", "adapters", "foresight"):
         tiny["job"](name, folder)
     return folder
 
@@ -71,7 +71,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks come to."""
     folder = tmp_path_factory.mktemp("pair")
     tiny["write_base"](folder)
-    jobs = ("alone", "sharded", "offloaded", "bfloat16", "muon", "sharded muon", "sharded 8 bits", "sharded adapters", "not finite")
+    kinds = ("muon", "8 bits", "adapters", "foresight")
+    jobs = ("alone", "sharded", "offloaded", "bfloat16", "muon", *(f"sharded {kind}" for kind in kinds), "not finite")
     for rank in start(folder, *jobs):
         assert rank.code == 0, rank.errors
     return folder
@@ -102,6 +103,12 @@ def test_adamw_in_8_bits_is_close_to_adamw_also_sharded(alone: Path, pair: Path)
 def test_adapters_beside_sharded_weights(alone: Path, pair: Path) -> None:
     same(pair / "sharded adapters", alone / "adapters", 1e-4)
     assert all(".lora_" in name for name in load_file(pair / "sharded adapters" / "weights.safetensors"))
+
+
+def test_foresight_on_two_ranks_is_as_on_one(alone: Path, pair: Path) -> None:
+    """Its pass over sharded layers, then the usual one of a stage without it."""
+    same(pair / "sharded foresight", alone / "foresight", 1e-4)
+    assert curve(alone / "foresight")[1] != curve(alone / "alone")[1]
 
 
 def test_sharded_bfloat16_is_close(alone: Path, pair: Path) -> None:

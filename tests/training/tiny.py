@@ -39,7 +39,9 @@ SETTINGS: dict[str, Any] = {
     "stages": [{"steps": 6, "buckets": [{"task": "generate", "frames": 2, "batch": 4}]}],
     "lr": 3e-3, "denoiser_lr": 1e-3, "warmup": 2, "grad_skip": False, "precision": "float32", "save_every": 2, "log_every": 2,
 }  # fmt: skip
-ROWS = {"stages": [{"steps": 6, "buckets": [{"task": "generate", "frames": 2, "batch": 5}]}]}
+ROWS: dict[str, Any] = {"stages": [{"steps": 6, "buckets": [{"task": "generate", "frames": 2, "batch": 5}]}]}
+STAGE = ROWS["stages"][0]
+FORESIGHT: dict[str, Any] = {"stages": [STAGE | {"steps": 4, "denoiser": False, "foresight": 0.5}, STAGE | {"steps": 2}]}
 WIDE = SETTINGS["flow"] | {"width": 64, "deep_width": 128, "head_dim": 32, "denoiser": {"layers": 1, "width": 64}}
 JOBS: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -47,6 +49,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "sharded": {"shards": 2, "accumulate": 2, "recompute": True},
     "offloaded": {"shards": 1, "offload": True},
     "bfloat16": {"shards": 2, "precision": "bfloat16"},
+    "foresight": FORESIGHT,
+    "sharded foresight": FORESIGHT | {"shards": 2, "recompute": True},
     "muon": {"optimizer": "muon", "shards": 1},
     "sharded muon": {"optimizer": "muon", "shards": 2},
     "wide": {"flow": WIDE, "lr": 1e-3},

@@ -49,6 +49,9 @@ class Stage(AnyStage):
     buckets: tuple[Bucket, ...] = Field(min_length=1)
     denoiser: bool = True
     """Whether the denoiser learns here; from the score of a flow that knows nothing yet there is little to learn."""
+    foresight: float = Field(default=0.0, ge=0)
+    """Weight of a second loss, the error of what the flow expects of each latent frame from those before it alone
+    (`training.foresight`): it learns sooner where things will be. Goes with `denoiser: false`, as its slope is no score."""
 
 
 class TextConfig(Strict):
@@ -207,6 +210,11 @@ class TrainConfig(RunConfig):
             yield "lora leaves the text encoder as it is; leave out train_text, and give a folder for text"
         if self.train_text and new_text:
             yield "train_text is for the folder of a trained encoder; a new one is trained anyway"
+        foresees = [stage for stage in self.stages if stage.foresight]
+        if self.flow.denoiser and any(stage.denoiser for stage in foresees):
+            yield "a stage with foresight cannot train the denoiser, which needs the slope of the likelihood alone; add denoiser: false"
+        if foresees and not self.flow.sos:
+            yield "foresight hides tokens behind the start token, and flow.sos = false has none"
         if self.noise_range and not self.about.prompt.noise:
             yield "noise_range needs about.prompt.noise = true, so that the model is told the noise level"
         if self.noise_range and not 0 < self.noise_range[0] <= self.noise_range[1]:

@@ -33,6 +33,8 @@ class Rows(NamedTuple):
 
     x: Tensor
     """Noisy latents (B, F, C, h, w)."""
+    clean: Tensor
+    """The same without noise."""
     prompts: list[str]
     noise_std_B: Tensor
     """σ of every row."""
@@ -113,8 +115,10 @@ class FlowFeed(Feed[Rows]):
             noisy.append(add_noise(batch.latents[row], level, generator))
             prompts.append(self._told(batch.prompts[row], level))
             levels.append(level)
-        x = torch.stack(noisy)
-        return Rows(x.pin_memory() if self.pin else x, prompts, torch.tensor(levels), len(rows) / batch.size)
+        x, clean = torch.stack(noisy), torch.stack([batch.latents[row] for row in rows])
+        if self.pin:
+            x, clean = x.pin_memory(), clean.pin_memory()
+        return Rows(x, clean, prompts, torch.tensor(levels), len(rows) / batch.size)
 
     def _told(self, prompt: str, level: float) -> str:
         """The prompt, which is wrapped for the model's own noise level, with the level that was drawn."""

@@ -56,9 +56,20 @@ def denoiser_forward(config: FlowConfig, frames: int, places: int) -> float:
     return total
 
 
-def training_step(config: FlowConfig, frames: int, places: int, denoiser: bool = True, adapters: bool = False) -> float:
+def foresight_forward(config: FlowConfig, frames: int, places: int) -> float:
+    """What `foresight` adds for one clip: the frames from the second on once more, each with those before it."""
+    tokens, keys = (frames - 1) * places, config.text_tokens + places * (frames / 2 + 1)
+    ends = 2 * tokens * 3 * config.channels * config.deep_width
+    return config.layers[-1] * layer(config, config.deep_width, tokens, keys) + ends
+
+
+def training_step(
+    config: FlowConfig, frames: int, places: int, denoiser: bool = True, adapters: bool = False, foresight: bool = False
+) -> float:
     """FLOPs of forward and backward for one clip."""
-    forward = flow_forward(config, frames, places) + (denoiser_forward(config, frames, places) if denoiser else 0.0)
+    forward = flow_forward(config, frames, places)
+    forward += denoiser_forward(config, frames, places) if denoiser else 0.0
+    forward += foresight_forward(config, frames, places) if foresight else 0.0
     return forward * (2 if adapters else 3)
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from reelflow.adapters.checkpoint import read_weights, require_match
 from reelflow.adapters.hub import resolve
 from reelflow.adapters.text import TextEncoder
-from reelflow.flow import StarFlow
 from reelflow.likelihood import HALF_LOG_TAU
 from reelflow.training import flops, parallel
 from reelflow.training.adapter import add_adapters, fill_adapters
 from reelflow.training.checkpoints import read_into
 from reelflow.training.config import TextConfig, TrainConfig
 from reelflow.training.feed import FlowFeed, Rows, Source
+from reelflow.training.foresight import ForeseeingFlow
 from reelflow.training.loss import nll, noise_weight, score_loss, score_target
 from reelflow.training.parallel import Ranks
 
@@ -34,11 +34,11 @@ class FlowObjective:
         ValueError: weights to start from that do not fit.
     """
 
-    losses: tuple[str, ...] = ("loss", "score_loss")
-
     def __init__(self, config: TrainConfig, text: TextEncoder, ranks: Ranks | None = None):
         torch.manual_seed(config.seed)
         self.config, self.text = config, text
+        foresees = any(stage.foresight for stage in config.stages)
+        self.losses: tuple[str, ...] = ("loss", "score_loss", *(["foresight_loss"] if foresees else []))
         self.ranks = ranks or Ranks(torch.device(config.device))
         train_text = config.train_text or isinstance(config.text, TextConfig)
         text.model.to(self.ranks.device).requires_grad_(train_text)
@@ -60,8 +60,9 @@ class FlowObjective:
 
     def work(self, shape: torch.Size, step: int) -> tuple[float, float]:
         rows, frames, _, height, width = shape
-        places, adapters = height * width, self.config.lora is not None
-        return rows * frames * places, rows * flops.training_step(self.config.flow, frames, places, self.separate(step), adapters)
+        places, adapters, foresight = height * width, self.config.lora is not None, self.config.stage(step).foresight > 0
+        work = flops.training_step(self.config.flow, frames, places, self.separate(step), adapters, foresight)
+        return rows * frames * places, rows * work
 
     @staticmethod
     def explain(means: dict[str, float]) -> dict[str, float]:
@@ -75,15 +76,20 @@ class FlowObjective:
         weight_B = noise_weight(noise_std_B, self.config.about.prompt.noise) * (share / len(x))
         with parallel.precision(self.config, device):
             states = self.text.states(rows.prompts) if self.flow.config.text_tokens else None
-            nll_B = nll(self.flow, x, states)
-        (weight_B * nll_B).sum().backward()
+            foresight = self.config.stage(step).foresight if x.shape[1] > 1 else 0.0
+            if foresight:
+                nll_B, off_B = self.flow.foreseen(x, rows.clean.to(device, non_blocking=True), states)
+            else:
+                nll_B, off_B = nll(self.flow, x, states), x.new_zeros(len(x))
+        (weight_B * (nll_B + foresight * off_B)).sum().backward()
         score = torch.zeros((), device=device)
         if denoise:
             assert x.grad is not None
             with parallel.precision(self.config, device):
                 score = score_loss(self.flow, x, score_target(x.grad, noise_std_B, weight_B), states)
             (share * score).backward()
-        return torch.stack((share * nll_B.detach().mean(), share * score.detach()))
+        found = (share * nll_B.detach().mean(), share * score.detach(), share * off_B.detach().mean())
+        return torch.stack(found[: len(self.losses)])
 
     def averaged_text(self, values: Mapping[str, Tensor]) -> TextEncoder:
         """The text encoder with averaged weights, a copy on the CPU. values: `Trainer.averaged`."""
@@ -95,10 +101,10 @@ class FlowObjective:
         return text
 
 
-def new_flow(config: TrainConfig, ranks: Ranks) -> StarFlow:
+def new_flow(config: TrainConfig, ranks: Ranks) -> ForeseeingFlow:
     """The flow to train, on its device, sharded and with adapters as configured: untrained, or with the weights of `init`."""
     with torch.device("meta" if config.init else ranks.device):
-        flow = StarFlow(config.flow).train()
+        flow = ForeseeingFlow(config.flow).train()
     if config.lora:
         if config.precision == "bfloat16":
             flow.set_precision(torch.bfloat16)  # of weights that stay as they are, which is how they run anyway

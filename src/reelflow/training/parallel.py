@@ -158,7 +158,8 @@ def shard(flow: StarFlow, config: RunConfig, mesh: DeviceMesh) -> None:
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.offload else OffloadPolicy()
     for module in (*layers(flow), flow):
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=everywhere)
-    register_fsdp_forward_method(flow, "score")
+    for method in ("score", "foreseen"):
+        register_fsdp_forward_method(flow, method)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""What a flow expects of a latent frame from the frames before it alone, and how far off that is: how it learns motion.
+
+In the likelihood a token is told of all places of its own frame that come before it. The first of them to show a thing give away
+where it is, so that not having foreseen it costs a few bits of a frame, and those few drown in what is learnt from data noise. Here the
+deep block does without: its inputs within the frame are the start token, its target has no noise, and every place of the thing pays.
+
+Shapes: B batch, F latent frames, S places of a frame, T = F · S tokens, L text tokens, E text channels, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reelflow.flow import Affine, StarFlow, order, to_tokens
+from reelflow.flow.affine import wide
+from reelflow.flow.attention import Attend, attention, causal
+from reelflow.flow.block import FlowBlock
+
+
+class ForeseeingFlow(StarFlow):
+    """A flow that also says what it expects of its frames; the same weights. Needs a start token."""
+
+    def foreseen(self, x_BFChw: Tensor, clean_BFChw: Tensor, text_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`loss.nll` of clips, (B,), and the squared error of what is expected, (B,).
+
+        The error of shifts without their own frame, to the tokens that the same latents without noise have, in the scales of the
+        likelihood: ½ |u − shift|² / scale² averaged over the values of all frames from the second on, in nats per value.
+        """
+        size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
+        u_BFSC, shallow = wide(to_tokens(x_BFChw)), torch.zeros((), device=x_BFChw.device)
+        for block in self.blocks[:-1]:
+            u_BFSC, log_det = self.affine(block, u_BFSC, size, None).forward(u_BFSC)
+            shallow = shallow + log_det
+        u_BFSC = order(u_BFSC, self.deep_block)
+        with torch.no_grad():
+            wanted_BFSC = order(self.to_deep(clean_BFChw), self.deep_block)
+        known, expected = self.both_parameters(u_BFSC, size, text_BLE)
+        z, log_det = known.forward(u_BFSC.flatten(1, 2))
+        scale, places = known.scale.detach(), u_BFSC.shape[2]
+        off = (wanted_BFSC[:, 1:].flatten(1, 2) - expected.shift) / scale[:, places:]
+        nll_B = (0.5 * z.square() - log_det).flatten(1).mean(1) - (shallow.flatten(1).mean(1) if shallow.ndim else 0)
+        return nll_B, 0.5 * off.square().flatten(1).mean(1)
+
+    def both_parameters(self, u_BFSC: Tensor, size: tuple[int, int], text_BLE: Tensor | None) -> tuple[Affine, Affine]:
+        """The deep block's for all tokens (B, T, C), and for those from the second frame on without their own frame (B, T − S, C).
+
+        One pass over [text ‖ tokens ‖ tokens without their own frame], all in block order: what was before is read once for both.
+        """
+        deep, (_, frames, places, _) = self.deep_block, u_BFSC.shape
+        u_BTC, place = u_BFSC.flatten(1, 2), self.places(frames, size, deep.proj_text is not None, u_BFSC.device)
+        text = len(place) - frames * places
+        place = torch.cat((place, place[text + places :]))
+        hidden = deep.embed(torch.cat((deep.start(u_BTC), without_own_frame(deep, u_BFSC)), 1), place[text:])
+        if deep.proj_text is not None and text_BLE is not None:
+            hidden = torch.cat((deep.proj_text(text_BLE), hidden), 1)
+        hidden = deep.run(hidden, self.rotary(place, size, bool(text)), [frames_before(text, frames, places)] * len(deep.layers))
+        shift, scale = (part.split((frames * places, (frames - 1) * places), 1) for part in deep.read(hidden[:, text:]))
+        return Affine(shift[0], scale[0]), Affine(shift[1], scale[1])
+
+
+def without_own_frame(deep: FlowBlock, u_BFSC: Tensor) -> Tensor:
+    """Inputs (B, T − S, C) of the frames from the second on: the token before each frame, else the start token."""
+    assert deep.sos is not None, "without a start token there is nothing to put in a token's place"
+    before = u_BFSC[:, :-1, -1:]
+    return torch.cat((before, deep.sos.expand(*before.shape[:2], u_BFSC.shape[2] - 1, -1)), 2).flatten(1, 2)
+
+
+def frames_before(text: int, frames: int, places: int) -> Attend:
+    """The view of [text ‖ F frames ‖ F − 1 frames]: causal in the first two; a frame of the third sees itself, text, and the frames
+    before it among the second.
+    """
+    known = text + frames * places
+
+    def run(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        parts = [causal(*(x[:, :, :known] for x in (q_BHTD, k_BHTD, v_BHTD)))]
+        for frame in range(1, frames):
+            own = slice(known + (frame - 1) * places, known + frame * places)
+            keys, values = (torch.cat((x[:, :, : text + frame * places], x[:, :, own]), 2) for x in (k_BHTD, v_BHTD))
+            parts.append(attention(q_BHTD[:, :, own], keys, values))
+        return torch.cat(parts, 2)
+
+    return run
