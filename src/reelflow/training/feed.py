@@ -107,18 +107,17 @@ class FlowFeed(Feed[Rows]):
         self.config = config
 
     def part(self, batch: Batch, step: int, rows: Sequence[int]) -> Rows:
-        noisy, prompts, levels = [], [], []
+        clean, noisy, prompts, levels = [], [], [], []
         low, high = self.config.noise_range or (self.config.flow.noise_std,) * 2
         for row in rows:
             generator = row_generator(self.config.seed, step, row)
             level = low if low == high else low + (high - low) * float(torch.rand((), generator=generator))
-            noisy.append(add_noise(batch.latents[row], level, generator))
+            clean.append(batch.latents[row])
+            noisy.append(add_noise(clean[-1], level, generator))
             prompts.append(self._told(batch.prompts[row], level))
             levels.append(level)
-        x, clean = torch.stack(noisy), torch.stack([batch.latents[row] for row in rows])
-        if self.pin:
-            x, clean = x.pin_memory(), clean.pin_memory()
-        return Rows(x, clean, prompts, torch.tensor(levels), len(rows) / batch.size)
+        x, without_noise = (stacked.pin_memory() if self.pin else stacked for stacked in (torch.stack(noisy), torch.stack(clean)))
+        return Rows(x, without_noise, prompts, torch.tensor(levels), len(rows) / batch.size)
 
     def _told(self, prompt: str, level: float) -> str:
         """The prompt, which is wrapped for the model's own noise level, with the level that was drawn."""
