@@ -46,7 +46,7 @@ def test_the_arithmetic_is_what_torch_counts(change: dict[str, Any]) -> None:
     config = FlowConfig(**(BASE | change))
     flow, x = ForeseeingFlow(config), torch.randn(1, 4, 3, 3, 5)
     text = torch.randn(1, 6, 8) if config.text_tokens else None
-    foreseen = lambda x, text: flow.both_parameters(flow.to_deep(x), (3, 5), text)  # noqa: E731
+    foreseen = lambda x, text: flow.both_parameters(flow.to_deep(x)[0], (3, 5), text)  # noqa: E731
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     alone, foresight = flops.flow_forward(config, 4, 15), flops.foresight_forward(config, 4, 15)
     for forward, expected in ((flow, alone), (foreseen, alone + foresight), (flow.score, flops.denoiser_forward(config, 4, 15))):

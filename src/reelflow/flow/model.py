@@ -106,19 +106,19 @@ class StarFlow(nn.Module):
         if self.config.text_tokens and text_BLE is None:
             raise ValueError("this model reads text; give its states, or those of the empty prompt")
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
-        z, log_det = wide(to_tokens(x_BFChw)), torch.zeros((), device=x_BFChw.device)
-        for block in self.blocks:
-            z, change = self.affine(block, z, size, text_BLE).forward(z)
-            log_det = log_det + change
-        return FlowOutput(from_tokens(z, *size), from_tokens(log_det, *size))
+        u, shallow = self.to_deep(x_BFChw)
+        z, deep = self.affine(self.deep_block, u, size, text_BLE).forward(u)
+        return FlowOutput(from_tokens(z, *size), from_tokens(shallow + deep, *size))
 
-    def to_deep(self, x_BFChw: Tensor) -> Tensor:
-        """Through the shallow blocks only: tokens (B, F, S, C) that the deep block models."""
+    def to_deep(self, x_BFChw: Tensor) -> tuple[Tensor, Tensor]:
+        """Through the shallow blocks only: tokens that the deep block models, and their log-determinant, both (B, F, S, C)."""
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
         u = wide(to_tokens(x_BFChw))
+        log_det = torch.zeros_like(u)
         for block in self.blocks[:-1]:
-            u, _ = self.affine(block, u, size, None).forward(u)
-        return u
+            u, change = self.affine(block, u, size, None).forward(u)
+            log_det = log_det + change
+        return u, log_det
 
     def score(self, x_BFChw: Tensor, text_BLE: Tensor | None = None) -> Tensor:
         """The denoiser's output on noisy latents, an estimate of σ²/0.3 · ∇_x(−log p); shape of `x_BFChw`."""

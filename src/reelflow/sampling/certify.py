@@ -38,7 +38,7 @@ def certify(
     stride = size[0] * size[1]
     plan = check(model, noise_BFChw, texts, guidance, latents_BFChw[:, :given] if given else None, settings)
     z = order(wide(to_tokens(noise_BFChw)), block).flatten(1, 2)
-    u = order(model.to_deep(latents_BFChw), block).flatten(1, 2)
+    u = order(model.to_deep(latents_BFChw)[0], block).flatten(1, 2)
     solver = Solver("deep block", block, z, stride, Schedule("sequential"), silent)
     solver.give(u)
     reader, ring, read = conditioner(model, noise_BFChw, guidance, solver.window, settings), settings.get("ring", False), 0

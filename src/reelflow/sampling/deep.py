@@ -71,7 +71,7 @@ def deep_frames(
     z = order(wide(to_tokens(noise_BFChw)), block).flatten(1, 2)
     solver = Solver("deep block", block, z, stride, schedule, settings.get("progress", silent))
     if prefix_BFChw is not None:
-        solver.give(order(model.to_deep(prefix_BFChw), block).flatten(1, 2))
+        solver.give(order(model.to_deep(prefix_BFChw)[0], block).flatten(1, 2))
 
     def memory() -> Conditioner:
         return conditioner(model, noise_BFChw, guidance, solver.window, settings)

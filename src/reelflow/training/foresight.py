@@ -1,8 +1,8 @@
 """What a flow expects of a latent frame from the frames before it alone, and how far off that is: how it learns motion.
 
 In the likelihood a token is told of all places of its own frame that come before it. The first of them to show a thing give away
-where it is, so that not having foreseen it costs a few bits of a frame, and those few drown in what is learnt from data noise. Here the
-deep block does without: its inputs within the frame are the start token, its target has no noise, and every place of the thing pays.
+where it is, so that not having foreseen it costs a few bits of a frame, from targets that carry data noise. Here the deep block does
+without: its inputs within the frame are the start token, its target has no noise, and every place of the thing pays.
 
 Shapes: B batch, F latent frames, S places of a frame, T = F · S tokens, L text tokens, E text channels, C channels.
 """
@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelflow.flow import Affine, StarFlow, order, to_tokens
-from reelflow.flow.affine import wide
+from reelflow.flow import Affine, StarFlow, order
 from reelflow.flow.attention import Attend, attention, causal
 from reelflow.flow.block import FlowBlock
 
@@ -28,22 +27,17 @@ class ForeseeingFlow(StarFlow):
         likelihood: ½ |u − shift|² / scale² averaged over the values of all frames from the second on, in nats per value.
         """
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
-        u_BFSC, shallow = wide(to_tokens(x_BFChw)), torch.zeros((), device=x_BFChw.device)
-        for block in self.blocks[:-1]:
-            u_BFSC, log_det = self.affine(block, u_BFSC, size, None).forward(u_BFSC)
-            shallow = shallow + log_det
-        u_BFSC = order(u_BFSC, self.deep_block)
+        u_BFSC, shallow = (order(found, self.deep_block) for found in self.to_deep(x_BFChw))
         with torch.no_grad():
-            wanted_BFSC = order(self.to_deep(clean_BFChw), self.deep_block)
-        known, expected = self.both_parameters(u_BFSC, size, text_BLE)
-        z, log_det = known.forward(u_BFSC.flatten(1, 2))
-        scale, places = known.scale.detach(), u_BFSC.shape[2]
-        off = (wanted_BFSC[:, 1:].flatten(1, 2) - expected.shift) / scale[:, places:]
-        nll_B = (0.5 * z.square() - log_det).flatten(1).mean(1) - (shallow.flatten(1).mean(1) if shallow.ndim else 0)
-        return nll_B, 0.5 * off.square().flatten(1).mean(1)
+            wanted_BFSC = order(self.to_deep(clean_BFChw)[0], self.deep_block)
+        known, expected_BTC = self.both_parameters(u_BFSC, size, text_BLE)
+        z, deep = known.forward(u_BFSC.flatten(1, 2))
+        off = (wanted_BFSC[:, 1:].flatten(1, 2) - expected_BTC) / known.scale.detach()[:, u_BFSC.shape[2] :]
+        nll = 0.5 * z.square() - deep - shallow.flatten(1, 2)
+        return nll.flatten(1).mean(1), 0.5 * off.square().flatten(1).mean(1)
 
-    def both_parameters(self, u_BFSC: Tensor, size: tuple[int, int], text_BLE: Tensor | None) -> tuple[Affine, Affine]:
-        """The deep block's for all tokens (B, T, C), and for those from the second frame on without their own frame (B, T − S, C).
+    def both_parameters(self, u_BFSC: Tensor, size: tuple[int, int], text_BLE: Tensor | None) -> tuple[Affine, Tensor]:
+        """The deep block's for all tokens (B, T, C), and shifts of those from the second frame on without their own frame (B, T − S, C).
 
         One pass over [text ‖ tokens ‖ tokens without their own frame], all in block order: what was before is read once for both.
         """
@@ -55,8 +49,9 @@ class ForeseeingFlow(StarFlow):
         if deep.proj_text is not None and text_BLE is not None:
             hidden = torch.cat((deep.proj_text(text_BLE), hidden), 1)
         hidden = deep.run(hidden, self.rotary(place, size, bool(text)), [frames_before(text, frames, places)] * len(deep.layers))
-        shift, scale = (part.split((frames * places, (frames - 1) * places), 1) for part in deep.read(hidden[:, text:]))
-        return Affine(shift[0], scale[0]), Affine(shift[1], scale[1])
+        shift, scale = deep.read(hidden[:, text:])
+        tokens = frames * places
+        return Affine(shift[:, :tokens], scale[:, :tokens]), shift[:, tokens:]
 
 
 def without_own_frame(deep: FlowBlock, u_BFSC: Tensor) -> Tensor:

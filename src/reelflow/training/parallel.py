@@ -31,6 +31,7 @@ from reelflow.adapters.torchrun import TOLD, own_device
 from reelflow.flow import StarFlow
 from reelflow.flow.attention import Layer
 from reelflow.training.config import RunConfig
+from reelflow.training.foresight import ForeseeingFlow
 
 PATIENCE = 5.0
 """Seconds."""
@@ -143,7 +144,7 @@ def prepare_layers(flow: StarFlow, config: RunConfig) -> None:
             layer.forward = run  # type: ignore[method-assign]  # on this layer only; names of weights stay
 
 
-def shard(flow: StarFlow, config: RunConfig, mesh: DeviceMesh) -> None:
+def shard(flow: ForeseeingFlow, config: RunConfig, mesh: DeviceMesh) -> None:
     """Share the matrices of the layers among the ranks of the mesh, in place; see the top of the file."""
     matrices = {
         parameter
