@@ -28,8 +28,9 @@ def off(pipe: StarFlowPipeline, some: Sequence[Scene], sampling: Sampling) -> np
     """Pixels at the end of every new latent frame, (clips, latent frames); NaN where nothing is seen."""
     found = np.full((len(some), CLIP - KNOWN), np.nan)
     for index, scene in enumerate(some):
-        clip = pipe.extend(shown(scene, KNOWN), canonical(scene), seconds=CLIP / FPS, seed=index, sampling=sampling)
-        true, seen = detect(shown(scene).frames, 1)[0], detect(clip.frames, 1)
+        whole = shown(scene)
+        clip = pipe.extend(whole[:KNOWN], canonical(scene), seconds=CLIP / FPS, seed=index, sampling=sampling)
+        true, seen = detect(whole.frames, 1)[0], detect(clip.frames, 1)
         if seen:
             there = seen[0].present[KNOWN:CLIP] & true.present[KNOWN:CLIP]
             apart = np.hypot(*(seen[0].track - true.track)[KNOWN:CLIP].T)
