@@ -54,6 +54,27 @@ def test_noise_has_the_models_deviation_and_is_new_for_every_row_and_step() -> N
     assert set(first.noise_std_B.tolist()) == {0.5}
 
 
+def antithetic(**values: Any) -> dict[str, Any]:
+    return {"stages": [{"steps": 4, "antithetic": True, "buckets": [{"task": "generate", "frames": 2, "batch": 5}]}], **values}
+
+
+def test_antithetic_rows_are_the_same_clips_with_the_opposite_noise() -> None:
+    (alone,), (rows,) = feed()(2), feed(**antithetic())(2)
+    assert torch.equal(rows.x[:5], alone.x)
+    assert torch.equal(rows.clean, alone.clean.repeat(2, 1, 1, 1, 1))
+    torch.testing.assert_close(rows.x[5:] - alone.clean, alone.clean - alone.x)
+    assert (rows.prompts, rows.noise_std_B.tolist(), rows.share) == (2 * alone.prompts, 2 * alone.noise_std_B.tolist(), 1.0)
+
+
+def test_antithetic_rows_stay_together_however_they_are_split() -> None:
+    (wanted,) = feed(**antithetic())(1)
+    for rank in range(2):
+        own = range(rank, 5, 2)
+        (rows,) = feed(rank, 2, **antithetic())(1)
+        assert torch.equal(rows.x, torch.cat((wanted.x[:5][own], wanted.x[5:][own])))
+        assert rows.share == len(own) / 5
+
+
 def test_only_the_rows_of_the_rank_are_read() -> None:
     read = []
 

@@ -61,7 +61,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process comes to."""
     folder = tmp_path_factory.mktemp("alone")
     tiny["write_base"](folder)
-    for name in ("alone", "parts", "muon", "8 bits", "wide", "adapters", "foresight"):
+    for name in ("alone", "parts", "muon", "8 bits", "wide", "adapters", "foresight", "antithetic"):
         tiny["job"](name, folder)
     return folder
 
@@ -71,7 +71,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks come to."""
     folder = tmp_path_factory.mktemp("pair")
     tiny["write_base"](folder)
-    kinds = ("muon", "8 bits", "adapters", "foresight")
+    kinds = ("muon", "8 bits", "adapters", "foresight", "antithetic")
     jobs = ("alone", "sharded", "offloaded", "bfloat16", "muon", *(f"sharded {kind}" for kind in kinds), "not finite")
     for rank in start(folder, *jobs):
         assert rank.code == 0, rank.errors
@@ -109,6 +109,10 @@ def test_foresight_on_two_ranks_is_as_on_one(alone: Path, pair: Path) -> None:
     """Its pass over sharded layers, then the usual one of a stage without it."""
     same(pair / "sharded foresight", alone / "foresight", 1e-4)
     assert curve(alone / "foresight")[1] != curve(alone / "alone")[1]
+
+
+def test_antithetic_rows_on_two_ranks_are_as_on_one(alone: Path, pair: Path) -> None:
+    same(pair / "sharded antithetic", alone / "antithetic", 1e-4)
 
 
 def test_sharded_bfloat16_is_close(alone: Path, pair: Path) -> None:

@@ -50,6 +50,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "offloaded": {"shards": 1, "offload": True},
     "bfloat16": {"shards": 2, "precision": "bfloat16"},
     "foresight": FORESIGHT,
+    "antithetic": {"stages": [STAGE | {"antithetic": True}]},
+    "sharded antithetic": {"stages": [STAGE | {"antithetic": True}], "shards": 2, "accumulate": 2},
     "sharded foresight": FORESIGHT | {"shards": 2, "recompute": True},
     "muon": {"optimizer": "muon", "shards": 1},
     "sharded muon": {"optimizer": "muon", "shards": 2},

@@ -52,6 +52,9 @@ class Stage(AnyStage):
     foresight: float = Field(default=0.0, ge=0)
     """Weight of a second loss, the error of what the flow expects of each latent frame from those before it alone
     (`training.foresight`): it learns sooner where things will be. Goes with `denoiser: false`, as its slope is no score."""
+    antithetic: bool = False
+    """Every clip of a batch twice, with its data noise and with the opposite: as much work as twice the batch, and half of the noise in
+    its gradient, most of which comes from the data noise (antithetic variates)."""
 
 
 class TextConfig(Strict):

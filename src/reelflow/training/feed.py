@@ -100,7 +100,7 @@ def row_generator(seed: int, step: int, row: int) -> torch.Generator:
 
 
 class FlowFeed(Feed[Rows]):
-    """Noisy latents and prompts."""
+    """Noisy latents and prompts; in an antithetic stage all rows once more, with the opposite noise."""
 
     def __init__(self, config: TrainConfig, source: Source, rank: int = 0, ranks: int = 1, pin: bool = False):
         super().__init__(config, source, rank, ranks, pin)
@@ -116,7 +116,12 @@ class FlowFeed(Feed[Rows]):
             noisy.append(add_noise(clean[-1], level, generator))
             prompts.append(self._told(batch.prompts[row], level))
             levels.append(level)
-        x, without_noise = (stacked.pin_memory() if self.pin else stacked for stacked in (torch.stack(noisy), torch.stack(clean)))
+        x, without_noise = torch.stack(noisy), torch.stack(clean)
+        if self.config.stage(step).antithetic:
+            x, without_noise = torch.cat((x, 2 * without_noise - x)), torch.cat((without_noise, without_noise))
+            prompts, levels = 2 * prompts, 2 * levels
+        if self.pin:
+            x, without_noise = x.pin_memory(), without_noise.pin_memory()
         return Rows(x, without_noise, prompts, torch.tensor(levels), len(rows) / batch.size)
 
     def _told(self, prompt: str, level: float) -> str:
