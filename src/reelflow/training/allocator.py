@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Have it kept for the next step's tensors, for the rest of this process. Returns whether the system can.
 
     glibc maps large blocks one by one and gives each back when it is freed, so that every step has the kernel clear its pages
-    anew (benchmarks/allocator.py). The most that is held stays what it was.
+    anew (benchmarks/training_step.py). The most that is held stays what it was.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from reelflow.flow import Affine, StarFlow, order
-from reelflow.flow.attention import Attend, attention, causal
+from reelflow.flow.attention import Attend
 from reelflow.flow.block import FlowBlock
+from reelflow.training.attention import attention, causal
 
 
 class ForeseeingFlow(StarFlow):

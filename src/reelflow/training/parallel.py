@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from reelflow.adapters.torchrun import TOLD, own_device
 from reelflow.flow import StarFlow
 from reelflow.flow.attention import Layer
+from reelflow.training.attention import attend_quickly
 from reelflow.training.config import RunConfig
 from reelflow.training.foresight import ForeseeingFlow
 
@@ -133,8 +134,10 @@ def layers(flow: StarFlow) -> list[Layer]:
 
 
 def prepare_layers(flow: StarFlow, config: RunConfig) -> None:
-    """Compile layers and recompute their insides on the way back, as configured."""
+    """Compile layers and recompute their insides on the way back, as configured; on CPUs let their attention be the quicker one."""
     for layer in layers(flow):
+        if config.device == "cpu" and not config.compile:
+            attend_quickly(layer)
         run: Any = layer.forward
         if config.compile:
             run = torch.compile(run)
