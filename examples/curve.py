@@ -25,7 +25,7 @@ def main(target: str, *logs: str) -> None:
         mean = np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
         axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
         axes.plot(steps[WINDOW // 2 :][: len(mean)], mean, color="C0")
-        axes.set_ylim(values.min(), mean[len(mean) // 10])  # the first steps fall from far above
+        axes.set_ylim(values.min(), mean[len(mean) // 10 :].max())  # the first steps fall from far above
         axes.set_title(Path(log).name, fontsize="medium")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
