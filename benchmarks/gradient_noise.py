@@ -42,7 +42,7 @@ def products(one: list[Tensor], other: list[Tensor]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini", help="packaged name or folder (default: mini)")
-    parser.add_argument("--batches", type=int, default=6, help="an even number from 4 (default: 6)")
+    parser.add_argument("--batches", type=int, default=6, help="from 2 (default: 6)")
     parser.add_argument("--clips", type=int, default=8, help="of a batch (default: 8)")
     options = parser.parse_args()
     pipe = load(options.model)

@@ -16,6 +16,7 @@ from reelflow.training.feed import FlowFeed, Rows
 from reelflow.training.loss import noise_weight
 
 tiny = runpy.run_path(str(Path(__file__).with_name("tiny.py")))
+ANTITHETIC = [{"steps": 4, "antithetic": True, "buckets": [{"task": "generate", "frames": 2, "batch": 5}]}]
 
 
 def feed(rank: int = 0, ranks: int = 1, batch: int = 5, source: Any = None, **values: Any) -> FlowFeed:
@@ -54,12 +55,8 @@ def test_noise_has_the_models_deviation_and_is_new_for_every_row_and_step() -> N
     assert set(first.noise_std_B.tolist()) == {0.5}
 
 
-def antithetic(**values: Any) -> dict[str, Any]:
-    return {"stages": [{"steps": 4, "antithetic": True, "buckets": [{"task": "generate", "frames": 2, "batch": 5}]}], **values}
-
-
 def test_antithetic_rows_are_the_same_clips_with_the_opposite_noise() -> None:
-    (alone,), (rows,) = feed()(2), feed(**antithetic())(2)
+    (alone,), (rows,) = feed()(2), feed(stages=ANTITHETIC)(2)
     assert torch.equal(rows.x[:5], alone.x)
     assert torch.equal(rows.clean, alone.clean.repeat(2, 1, 1, 1, 1))
     torch.testing.assert_close(rows.x[5:] - alone.clean, alone.clean - alone.x)
@@ -67,10 +64,10 @@ def test_antithetic_rows_are_the_same_clips_with_the_opposite_noise() -> None:
 
 
 def test_antithetic_rows_stay_together_however_they_are_split() -> None:
-    (wanted,) = feed(**antithetic())(1)
+    (wanted,) = feed(stages=ANTITHETIC)(1)
     for rank in range(2):
         own = range(rank, 5, 2)
-        (rows,) = feed(rank, 2, **antithetic())(1)
+        (rows,) = feed(rank, 2, stages=ANTITHETIC)(1)
         assert torch.equal(rows.x, torch.cat((wanted.x[:5][own], wanted.x[5:][own])))
         assert rows.share == len(own) / 5
 

@@ -113,6 +113,7 @@ def test_foresight_on_two_ranks_is_as_on_one(alone: Path, pair: Path) -> None:
 
 def test_antithetic_rows_on_two_ranks_are_as_on_one(alone: Path, pair: Path) -> None:
     same(pair / "sharded antithetic", alone / "antithetic", 1e-4)
+    assert curve(alone / "antithetic")[1] != curve(alone / "alone")[1]
 
 
 def test_sharded_bfloat16_is_close(alone: Path, pair: Path) -> None:
