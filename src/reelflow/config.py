@@ -90,7 +90,8 @@ class FlowConfig(Strict):
     positions: Literal["rotary", "rotary_half", "learned"] = "rotary"
     """Rotary on neighbouring pairs, rotary on halves (Hugging Face layout), or a learned absolute embedding."""
     learned_places: int | None = Field(None, ge=1)
-    """Places of the learned embedding (tokens of an image)."""
+    """Places of a latent frame (of an image), each with a learned embedding that is added to the inputs there; None: none. Rotary
+    positions say how far apart two tokens are, this says where they are."""
     sos: bool = True
     """A learned start token; without it outputs shift by one and the first token is left as it is."""
     scale: Literal["softplus", "exp"] = "softplus"
@@ -119,8 +120,8 @@ class FlowConfig(Strict):
             raise ValueError(f"head_dim = {self.head_dim} cannot be split over time, rows and columns; use 32, 64 or 128")
         if (self.text_tokens == 0) != (self.text_dim == 0):
             raise ValueError(f"text_tokens = {self.text_tokens} and text_dim = {self.text_dim}: both zero or neither")
-        if (self.positions == "learned") != (self.learned_places is not None):
-            raise ValueError("learned_places goes with positions = 'learned' and only with it")
+        if self.positions == "learned" and self.learned_places is None:
+            raise ValueError("positions = 'learned' needs learned_places, the number of an image's tokens")
         if self.positions == "learned" and self.window > 1:
             raise ValueError("positions = 'learned' is for images (window = 1)")
         return self

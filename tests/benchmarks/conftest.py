@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ as modules."""
+"""The scripts of benchmarks/ and examples/ as modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("benchmarks", "examples")]
 tiny = runpy.run_path(str(Path(__file__).parents[1] / "pipelines" / "tiny.py"))
 
 

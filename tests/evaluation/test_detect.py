@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from reelflow.data.toybox import MOTIONS, Scene, Thing, canonical, render, sample_scene, scene_from_prompt, simulate
-from reelflow.evaluation.detect import degrade, detect, matches, validate
+from reelflow.evaluation import motion
+from reelflow.evaluation.detect import degrade, detect, matches, validate, validate_motions
 from reelflow.evaluation.motion import motion_of
 
 
@@ -54,12 +55,26 @@ def test_two_things_of_one_colour_are_told_apart():
     assert {(one.size, one.shape, one.motion) for one in seen} == {("large", "ball", "moves right"), ("small", "box", "moves left")}
 
 
-@pytest.mark.parametrize("motion", MOTIONS)
-def test_motion_survives_a_shaky_track(motion):
+@pytest.mark.parametrize("name", MOTIONS)
+def test_motion_survives_a_shaky_track(name):
     rng = np.random.default_rng(0)
     for seed in range(8):
-        path = simulate(scene_from_prompt(f"a red ball {motion} on a black background", seed))[:, 0]
-        assert motion_of(path + rng.normal(0, 0.5, path.shape), np.ones(33, bool)) == motion
+        path = simulate(scene_from_prompt(f"a red ball {name} on a black background", seed))[:, 0]
+        assert motion_of(path + rng.normal(0, 0.5, path.shape), np.ones(33, bool)) == name
+
+
+def test_motions_of_uneven_courses_are_named(monkeypatch):
+    assert min(validate_motions(24, 2.0).values()) > 0.8
+    monkeypatch.setattr(motion, "UNEVEN", 0.5)
+    assert validate_motions(12, 2.0)["stays still"] < 0.7
+
+
+@pytest.mark.parametrize(("share", "circles"), [(0.4, False), (0.73, True)])
+def test_a_circle_is_more_than_an_arc(share, circles):
+    for radius in (20, 35):
+        angle = np.linspace(0, 2 * np.pi * share, 33)
+        course = 64 + radius * np.stack([np.cos(angle), np.sin(angle)], -1)
+        assert (motion_of(course, np.ones(33, bool)) == "circles") == circles
 
 
 @pytest.mark.parametrize(

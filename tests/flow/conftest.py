@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grouped queries": {"num_heads": 4, "num_kv_heads": 2},
     "no bias": {"bias": False},
     "rotary on halves": {"positions": "rotary_half"},
+    "places of a frame": {"learned_places": HEIGHT * WIDTH},
     "no text": NO_TEXT,
     "image": IMAGE,
     "image without text": {**IMAGE, **NO_TEXT},

@@ -155,7 +155,7 @@ def test_denoiser_looks_at_its_own_frame_and_text(build: Callable) -> None:
         ({"width": 25}, "width 25 is not a multiple of head_dim 24"),
         ({"num_heads": 4, "num_kv_heads": 3}, "4 heads cannot share num_kv_heads = 3"),
         ({"text_tokens": 0}, "both zero or neither"),
-        ({"positions": "learned"}, "learned_places goes with"),
+        ({"positions": "learned"}, "needs learned_places"),
         ({"positions": "learned", "learned_places": 6}, "is for images"),
         ({"soft_clap": 4.0}, "soft_clap"),
     ],

@@ -53,6 +53,20 @@ def test_the_inverse_of_the_forward_map(setting: Setting, schedule: Schedule) ->
     torch.testing.assert_close(z, setting.noise, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, EXACT], ids=["sequential", "jacobi"])
+def test_an_embedding_of_places_counts_within_every_frame(setting: Setting, schedule: Schedule) -> None:
+    config = setting.model.config.model_copy(update={"learned_places": SIZE[0] * SIZE[1]})
+    model = StarFlow(config)
+    missing, _ = model.load_state_dict(setting.model.state_dict(), strict=False)
+    assert {name.split(".")[-1] for name in missing} == {"pos_embed"}
+    for block in model.blocks:
+        torch.nn.init.normal_(block.pos_embed, std=0.5, generator=torch.Generator().manual_seed(4))
+    x, _ = sample(model.requires_grad_(False), setting.noise, setting.text, schedule=schedule)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, setting.text).z, setting.noise, atol=1e-4, rtol=0)
+        assert relative(setting.model(x, setting.text).z, setting.noise) > 0.01
+
+
 @pytest.mark.parametrize("window", [1, 7, 1000])
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
 def test_jacobi_without_tolerance_is_exact(setting: Setting, window: int, guidance: float) -> None:

@@ -249,6 +249,15 @@ def test_latents_of_another_codec_are_refused(tiny_model: Path, recorded: Path, 
         CachedLatents(configure(tiny_model, recorded, tmp_path))
 
 
+def test_frames_of_another_size_than_the_embedding_are_refused(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
+    old_shard(tmp_path / "clips-009-00000.safetensors", {"latents": torch.zeros(1, 3, 8, 4, 4)}, [["a"]])
+    config = configure(tiny_model, recorded, tmp_path, {"posterior": "mean"})
+    placed = config.model_copy(update={"flow": config.flow.model_copy(update={"learned_places": 20})})
+    CachedLatents(config)(0).latents[0]
+    with pytest.raises(ValueError, match="latents of 4 × 4 places, flow.learned_places is 20"):
+        CachedLatents(placed)(0).latents[0]
+
+
 def test_latents_for_another_model_are_refused(settings: dict[str, TrainConfig]) -> None:
     config = settings["prepared"]
     other = config.model_copy(update={"about": config.about.model_copy(update={"size": 128})})

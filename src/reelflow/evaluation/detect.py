@@ -2,7 +2,7 @@
 
 A judge of generated clips that needs no learned model. It expects what a lossy codec and a small model do to a picture:
 soft edges, colours off by up to 25, noise. `python -m reelflow.evaluation.detect` measures it on true renders, clean and
-degraded, and prints a table.
+degraded, and of true courses drawn unevenly, and prints both tables.
 
 Legend: F frames, H height, W width, P patch side, K things. Lengths are in pixels of a 128 x 128 frame unless said otherwise.
 """
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reelflow.data.render import coverage, render
-from reelflow.data.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, WALL_COLOUR, Scene, sample_scene
-from reelflow.evaluation.motion import motion_of
+from reelflow.data.render import coverage, render, simulate
+from reelflow.data.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, WALL_COLOUR, Scene, sample_scene
+from reelflow.evaluation.motion import motion_of, uneven
 
 FRAME = 128
 REACH = 26  # half of the window that holds any thing
@@ -281,8 +281,19 @@ def validate(clips: int, things: int, degraded: bool, size: int = 128) -> dict[s
     return {key: sum(result[key] for result in results) / len(results) for key in results[0]}
 
 
+def validate_motions(courses: int, off: float) -> dict[str, float]:
+    """Shares of true courses, `off` pixels uneven (see `motion.uneven`), whose motion is named right, by motion."""
+    shares = {}
+    for motion in MOTIONS:
+        rng = np.random.default_rng(0)
+        scenes = (sample_scene(2, index, split="any", things=1, motions=[motion]) for index in range(courses))
+        names = [motion_of(uneven(path, off, rng), np.ones(len(path), bool)) for path in (simulate(scene)[:, 0] for scene in scenes)]
+        shares[motion] = names.count(motion) / courses
+    return shares
+
+
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description="Share of toybox renders that the detector reads correctly.")
     parser.add_argument("--clips", type=int, default=512, help="clips per row, from 1 (default: 512)")
     parser.add_argument("--size", type=int, default=128, help="side of the frames in pixels, from 32 (default: 128)")
@@ -293,6 +304,11 @@ def main() -> None:
         shares = validate(options.clips, things, degraded, options.size)
         name = f"{'one thing' if things == 1 else 'two things'}, {'degraded' if degraded else 'clean'}"
         sys.stdout.write(f"{name:28}" + "".join(f"{100 * shares[key]:11.1f}%" for key in head) + "\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"\n{'motion':28}" + "".join(f"{motion:>13}" for motion in MOTIONS) + "\n")
+    for off in (0, 1, 2, 3):
+        shares = validate_motions(options.clips, off)
+        sys.stdout.write(f"{f'one course, {off} px off':28}" + "".join(f"{100 * shares[motion]:12.1f}%" for motion in MOTIONS) + "\n")
         sys.stdout.flush()
 
 

@@ -11,12 +11,16 @@ import numpy as np
 
 from reelflow.data.scene import CLIP, DIRECTIONS
 
+UNEVEN = 2.0
+"""Pixels that a thing may be off an even course and still be on it. With half a pixel here half of what trembles by two without
+going anywhere was taken for moving; with three, one of fifty true pairs of things that collide is misread."""
+
 
 def motion_of(track: np.ndarray, present: np.ndarray) -> str:
     """Name of the motion of a track (F, 2), in pixels of 128, seen in the frames `present` (F,).
 
     Four models are fitted by least squares (rest, straight lines with up to three turns, arcs of a bouncing ball, circle)
-    and compared by the Bayesian information criterion with a noise floor of half a pixel.
+    and compared by the Bayesian information criterion with a noise floor of `UNEVEN`.
     """
     time = np.flatnonzero(present[:CLIP]).astype(np.float64)
     path = track[time.astype(int)]
@@ -25,7 +29,7 @@ def motion_of(track: np.ndarray, present: np.ndarray) -> str:
     count = path.size
 
     def cost(squares: float, parameters: int) -> float:
-        return count * np.log(squares / count + 0.25) + parameters * np.log(count)
+        return count * np.log(squares / count + UNEVEN**2) + parameters * np.log(count)
 
     costs = {"stays still": cost(((path - path.mean(0)) ** 2).sum(), 2)}
     lines, velocity = _fit_lines(time, path)
@@ -40,6 +44,13 @@ def motion_of(track: np.ndarray, present: np.ndarray) -> str:
     if np.abs(speed).max() < 0.4:
         return "stays still"
     return max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], speed)))
+
+
+def uneven(path: np.ndarray, off: float, rng: np.random.Generator, every: int = 4) -> np.ndarray:
+    """A path (F, 2) drawn by an unsteady hand: every `every` frames off by `off` pixels (sd) in x and y, evenly between."""
+    time = np.arange(len(path))
+    knots = np.arange(0, len(path) + every, every)
+    return path + np.stack([np.interp(time, knots, rng.normal(0, off, len(knots))) for _ in range(2)], -1)
 
 
 def _solve(design: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,8 +100,8 @@ def _fit_bounces(time: np.ndarray, path: np.ndarray) -> float:
 
 
 def _fit_circle(time: np.ndarray, path: np.ndarray) -> float:
-    """Sum of squares of the best even run on a circle of radius 8 to 50, at least half of it; infinity if none fits."""
-    turn = 2 * np.pi / np.arange(16, min(64, 2 * (time[-1] - time[0])), 0.5)
+    """Sum of squares of the best even run on a circle of radius 8 to 50, at least six tenths of it; infinity if none fits."""
+    turn = 2 * np.pi / np.arange(16, min(64, (time[-1] - time[0]) / 0.6), 0.5)
     if not len(turn):
         return float("inf")
     turn = np.concatenate([turn, -turn])[:, None] * time

@@ -69,7 +69,7 @@ class FlowBlock(nn.Module):
         hidden = self.proj_in(inputs_BTC)
         if self.pos_embed is not None:
             embedding = self.pos_embed.flip(0) if self.reverse else self.pos_embed
-            hidden = hidden + embedding[place_BT.clamp(max=len(embedding) - 1)]  # a window may reach beyond the end
+            hidden = hidden + embedding[place_BT % len(embedding)]
         return hidden
 
     def run(self, hidden_BTM: Tensor, rotary: Rotary | None, attends: list[Attend]) -> Tensor:

@@ -174,7 +174,11 @@ class PromptPlanner(Planner):
 
 def finish(config: TrainConfig, plan: Plan, row: int, mean: Tensor, std: Tensor | None, scaled_first: bool) -> Tensor:
     """One row (F, C, h, w) of a batch from its clips (clips, f, C, h, w): drawn from the posterior where it has a deviation, and
-    scaled: frames after a clip's first one (also that one where it is not the first of its video)."""
+    scaled: frames after a clip's first one (also that one where it is not the first of its video). ValueError for a frame of more
+    or fewer places than the flow's embedding has."""
+    height, width = mean.shape[-2:]
+    if config.flow.learned_places not in (None, height * width):
+        raise ValueError(f"latents of {height} × {width} places, flow.learned_places is {config.flow.learned_places}; use that size")
     if std is not None:
         seed = np.random.SeedSequence((config.seed, plan.step, row, 1)).generate_state(1)[0]
         mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(seed)))

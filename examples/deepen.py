@@ -1,0 +1,82 @@
+"""A deeper model that begins as the one it comes from, for `init` of a training configuration: mini's revision 7 was grown from revision 6.
+
+    python examples/deepen.py mini runs/deeper --after 1 3 --places 64
+
+Every new layer of the deep block is a copy of the one before it whose outputs are zero, so that nothing changes before it learns.
+`--places` adds an embedding of the places of a latent frame to what the blocks read: zero in the shallow ones, in the deep one rows,
+columns and their sines, small (0.15 of root mean square), which does change the model a little. For models in one safetensors file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reelflow.adapters.hub import resolve
+from reelflow.config import FlowConfig
+
+OUTPUTS = ("attention.proj.", "mlp.down.")
+
+
+def deepen(weights: dict[str, Tensor], layers: int, after: Sequence[int]) -> dict[str, Tensor]:
+    """Weights with a new layer behind every layer 0 … of the deep block that `after` names."""
+    if not set(after) <= set(range(layers)):
+        raise ValueError(f"--after {' '.join(map(str, after))}: the deep block has layers 0 … {layers - 1}")
+    order = sorted([(index, False) for index in range(layers)] + [(index, True) for index in set(after)])
+    found = {name: value for name, value in weights.items() if not name.startswith("deep_block.layers.")}
+    for place, (index, new) in enumerate(order):
+        prefix = f"deep_block.layers.{index}."
+        for name, value in weights.items():
+            if name.startswith(prefix):
+                part = name.removeprefix(prefix)
+                found[f"deep_block.layers.{place}.{part}"] = torch.zeros_like(value) if new and part.startswith(OUTPUTS) else value.clone()
+    return found
+
+
+def coordinates(places: int, width: int, size: float = 0.15) -> Tensor:
+    """(places, width), random mixtures of row, column and their sines on a square frame, `size` the root mean square."""
+    side = math.isqrt(places)
+    if side * side != places:
+        raise ValueError(f"--places {places} is not a square frame")
+    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1) - (side - 1) / 2
+    turns = [math.pi * at * part / (2 * side) for part in (1, 2, 3, 4, 6, 8)]
+    features = torch.cat([part for turn in turns for part in (turn.sin(), turn.cos())] + [at], 1)
+    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-3)
+    features[:, -2:] *= 3
+    mixed = features @ torch.randn(features.shape[1], width, generator=torch.Generator().manual_seed(0))
+    return size * mixed / mixed.square().mean().sqrt()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="packaged name or folder")
+    parser.add_argument("target", type=Path, help="new folder")
+    parser.add_argument("--after", type=int, nargs="*", default=[], help="layers of the deep block, from 0, that get a new one behind them")
+    parser.add_argument("--places", type=int, help="tokens of a latent frame")
+    options = parser.parse_args()
+    if options.target.exists():
+        parser.error(f"{options.target} is there already; name a new folder")
+    shutil.copytree(resolve(options.model), options.target)
+    part = options.target / "transformer"
+    config, file = FlowConfig.read(part / "config.json"), part / "model.safetensors"
+    weights = deepen(load_file(file), config.layers[-1], options.after)
+    changes = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(options.after)))}
+    if options.places:
+        changes["learned_places"] = options.places
+        widths = [(f"shallow_blocks.{index}", config.width, 0.0) for index in range(len(config.layers) - 1)]
+        for block, width, size in [*widths, ("deep_block", config.deep_width, 0.15)]:
+            weights[f"{block}.pos_embed"] = coordinates(options.places, width, size)
+    save_file(weights, file, metadata={"format": "pt"})
+    (part / "config.json").write_text(json.dumps(config.model_dump() | changes, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

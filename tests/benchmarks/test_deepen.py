@@ -1,0 +1,55 @@
+"""A deepened model: what it did before, with layers that can learn and places that are told apart."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import deepen
+import pytest
+import torch
+
+import reelflow
+from reelflow.pipelines.starflow import StarFlowPipeline
+
+
+def made(model: Path, target: Path, *options: str) -> StarFlowPipeline:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["deepen.py", str(model), str(target), *options])
+        deepen.main()
+    pipe = reelflow.load(str(target), "cpu", precision="float32")
+    assert isinstance(pipe, StarFlowPipeline)
+    return pipe
+
+
+def inputs(pipe: StarFlowPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    config, generator = pipe.flow.config, torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, config.channels, 2, 2, generator=generator)
+    return x, torch.randn(1, config.text_tokens, config.text_dim, generator=generator)
+
+
+@torch.no_grad()
+def test_new_layers_change_nothing_before_they_learn(tiny_model: Path, tmp_path: Path) -> None:
+    before, after = reelflow.load(str(tiny_model), "cpu", precision="float32"), made(tiny_model, tmp_path / "deeper", "--after", "0")
+    assert isinstance(before, StarFlowPipeline)
+    assert after.flow.config.layers[-1] == before.flow.config.layers[-1] + 1
+    given = inputs(before)
+    torch.testing.assert_close(after.flow(*given).z, before.flow(*given).z)
+    assert after.flow.deep_block.layers[1].attention.qkv.weight.any()
+
+
+@torch.no_grad()
+def test_places_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
+    pipe = made(tiny_model, tmp_path / "placed", "--places", "4")
+    embedding = pipe.flow.deep_block.pos_embed
+    assert embedding is not None
+    assert torch.pdist(embedding).min() > 0.1
+    assert pipe.flow.config.learned_places == 4
+    assert not any(block.pos_embed.any() for block in pipe.flow.shallow_blocks)
+
+
+def test_wrong_input_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--after 7: the deep block has layers 0 … "):
+        made(tiny_model, tmp_path / "none", "--after", "7")
+    with pytest.raises(ValueError, match="--places 6 is not a square frame"):
+        made(tiny_model, tmp_path / "odd", "--places", "6")
