@@ -15,11 +15,13 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from reelflow.adapters.checkpoint import read_weights
 from reelflow.adapters.hub import resolve
 from reelflow.config import FlowConfig
 
@@ -41,7 +43,7 @@ def deepen(weights: dict[str, Tensor], layers: int, after: Sequence[int]) -> dic
     return found
 
 
-def coordinates(places: int, width: int, size: float = 0.15) -> Tensor:
+def coordinates(places: int, width: int, size: float) -> Tensor:
     """(places, width), random mixtures of row, column and their sines on a square frame, `size` the root mean square."""
     side = math.isqrt(places)
     if side * side != places:
@@ -55,6 +57,19 @@ def coordinates(places: int, width: int, size: float = 0.15) -> Tensor:
     return size * mixed / mixed.square().mean().sqrt()
 
 
+def deeper(folder: Path, after: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and configuration of the flow in `folder`, changed. ValueError for layers or places that it cannot have."""
+    config = FlowConfig.read(folder / "config.json")
+    weights = deepen(dict(read_weights(folder)), config.layers[-1], after)
+    changes: dict[str, Any] = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(after)))}
+    if places:
+        changes["learned_places"] = places
+        shallow = {f"shallow_blocks.{index}": (config.width, 0.0) for index in range(len(config.layers) - 1)}
+        for block, (width, size) in {**shallow, "deep_block": (config.deep_width, 0.15)}.items():
+            weights[f"{block}.pos_embed"] = coordinates(places, width, size)
+    return weights, config.model_dump() | changes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="packaged name or folder")
@@ -64,18 +79,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.target.exists():
         parser.error(f"{options.target} is there already; name a new folder")
-    shutil.copytree(resolve(options.model), options.target)
-    part = options.target / "transformer"
-    config, file = FlowConfig.read(part / "config.json"), part / "model.safetensors"
-    weights = deepen(load_file(file), config.layers[-1], options.after)
-    changes = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(options.after)))}
-    if options.places:
-        changes["learned_places"] = options.places
-        widths = [(f"shallow_blocks.{index}", config.width, 0.0) for index in range(len(config.layers) - 1)]
-        for block, width, size in [*widths, ("deep_block", config.deep_width, 0.15)]:
-            weights[f"{block}.pos_embed"] = coordinates(options.places, width, size)
-    save_file(weights, file, metadata={"format": "pt"})
-    (part / "config.json").write_text(json.dumps(config.model_dump() | changes, indent=2) + "\n")
+    try:
+        source = resolve(options.model)
+        weights, config = deeper(source / "transformer", options.after, options.places)
+    except ValueError as error:
+        parser.error(str(error))
+    shutil.copytree(source, options.target)
+    save_file(weights, options.target / "transformer" / "model.safetensors", metadata={"format": "pt"})
+    (options.target / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,14 @@ def test_places_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
     assert not any(block.pos_embed.any() for block in pipe.flow.shallow_blocks)
 
 
-def test_wrong_input_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--after 7: the deep block has layers 0 … "):
-        made(tiny_model, tmp_path / "none", "--after", "7")
-    with pytest.raises(ValueError, match="--places 6 is not a square frame"):
-        made(tiny_model, tmp_path / "odd", "--places", "6")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--after", "7"), "--after 7: the deep block has layers 0 … "), (("--places", "6"), "--places 6 is not a square frame")],
+)
+def test_wrong_input_is_named_and_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        made(tiny_model, tmp_path / "none", *options)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
