@@ -79,7 +79,9 @@ def _source(name: str, state: dict[str, Tensor]) -> tuple[str, bool]:
 
 
 def _enlarged(name: str, old: Tensor, factors: list[int], silent: bool, generator: torch.Generator) -> Tensor:
-    """Rows repeated, columns divided; `silent`: what it writes is nothing."""
+    """Rows repeated, columns divided (of an embedding, whose columns are units: repeated); `silent`: what it writes is nothing."""
+    if name.endswith(".pos_embed"):
+        return old.repeat(*factors)
     groups = 3 if ".qkv." in name else 1  # queries, keys and values are repeated each by itself
     rows = torch.cat([part.repeat(factors[0], *[1] * (old.ndim - 1)) for part in old.chunk(groups)])
     if old.ndim != 2:

@@ -4,13 +4,12 @@
 
 Every new layer of the deep block is a copy of the one before it whose outputs are zero, so that nothing changes before it learns.
 `--places` adds an embedding of the places of a latent frame to what the blocks read: zero in the shallow ones, in the deep one rows,
-columns and their sines, small (0.15 of root mean square), which does change the model a little. For models in one safetensors file.
+columns and their sines, small (0.15 of root mean square), which does change the model a little.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from reelflow.adapters.checkpoint import read_weights
+from reelflow.adapters.checkpoint import new_folder, read_weights, save_weights
 from reelflow.adapters.hub import resolve
 from reelflow.config import FlowConfig
 
@@ -57,7 +55,7 @@ def coordinates(places: int, width: int, size: float) -> Tensor:
     return size * mixed / mixed.square().mean().sqrt()
 
 
-def deeper(folder: Path, after: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def deeper(folder: Path, after: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], FlowConfig]:
     """Weights and configuration of the flow in `folder`, changed. ValueError for layers or places that it cannot have."""
     config = FlowConfig.read(folder / "config.json")
     weights = deepen(dict(read_weights(folder)), config.layers[-1], after)
@@ -67,7 +65,7 @@ def deeper(folder: Path, after: Sequence[int], places: int | None) -> tuple[dict
         shallow = {f"shallow_blocks.{index}": (config.width, 0.0) for index in range(len(config.layers) - 1)}
         for block, (width, size) in {**shallow, "deep_block": (config.deep_width, 0.15)}.items():
             weights[f"{block}.pos_embed"] = coordinates(places, width, size)
-    return weights, config.model_dump() | changes
+    return weights, config.model_copy(update=changes)
 
 
 def main() -> None:
@@ -77,16 +75,15 @@ def main() -> None:
     parser.add_argument("--after", type=int, nargs="*", default=[], help="layers of the deep block, from 0, that get a new one behind them")
     parser.add_argument("--places", type=int, help="tokens of a latent frame")
     options = parser.parse_args()
-    if options.target.exists():
-        parser.error(f"{options.target} is there already; name a new folder")
     try:
         source = resolve(options.model)
         weights, config = deeper(source / "transformer", options.after, options.places)
+        with new_folder(options.target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "README.md", "train*.jsonl"))
+            save_weights(weights, folder / "transformer")
+            config.write(folder / "transformer" / "config.json")
     except ValueError as error:
         parser.error(str(error))
-    shutil.copytree(source, options.target)
-    save_file(weights, options.target / "transformer" / "model.safetensors", metadata={"format": "pt"})
-    (options.target / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

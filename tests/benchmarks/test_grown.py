@@ -37,6 +37,19 @@ def test_one_function(small: StarFlow) -> None:
 
 
 @torch.no_grad()
+def test_with_an_embedding_of_places(small: StarFlow) -> None:
+    placed = StarFlow(small.config.model_copy(update={"learned_places": 16}))
+    placed.load_state_dict(small.state_dict(), strict=False)
+    for block in placed.blocks:
+        torch.nn.init.normal_(block.pos_embed)
+    large = grown.grow(placed, placed.config.model_copy(update=sizes(small)))
+    x, text = torch.randn(1, 3, 8, 4, 4), torch.randn(1, 48, 16)
+    own = placed(x, text).z
+    assert (own - small(x, text).z).abs().max() > 0.01, "the embedding matters"
+    torch.testing.assert_close(large(x, text).z, own, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_denoiser_too(small: StarFlow) -> None:
     look = DenoiserConfig(**(small.config.denoiser.model_dump() | {"width": 96}))
     large = grown.grow(small, small.config.model_copy(update={"denoiser": look}))
