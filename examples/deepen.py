@@ -5,6 +5,11 @@
 Every new layer of the deep block is a copy of the one before it whose outputs are zero, so that nothing changes before it learns.
 `--places` adds an embedding of the places of a latent frame to what the blocks read: zero in the shallow ones, in the deep one rows,
 columns and their sines, small (0.15 of root mean square), which does change the model a little.
+
+    python examples/deepen.py mini runs/editor --after 1 --back 9 5
+
+`--back`: the new layers begin with their eyes on the same place of the frame so many latent frames before, which for an edit of 9 latent
+frames is that of the source: half of their heads for 9, half for 5 here. Where to look is learned on from there.
 """
 
 from __future__ import annotations
@@ -22,23 +27,49 @@ from torch import Tensor
 from reelflow.adapters.checkpoint import new_folder, read_weights, save_weights
 from reelflow.adapters.hub import resolve
 from reelflow.config import FlowConfig
+from reelflow.flow.rope import rotary
 
 OUTPUTS = ("attention.proj.", "mlp.down.")
+SHARPNESS = 8.0
+"""By how much a pair of channels that turns once raises a score over its mean, at the place looked at."""
 
 
-def deepen(weights: dict[str, Tensor], layers: int, after: Sequence[int]) -> dict[str, Tensor]:
-    """Weights with a new layer behind every layer 0 … of the deep block that `after` names."""
+def deepen(weights: dict[str, Tensor], config: FlowConfig, after: Sequence[int], back: Sequence[int]) -> dict[str, Tensor]:
+    """Weights with a new layer behind every layer 0 … of the deep block that `after` names, looking `back`."""
+    layers = config.layers[-1]
     if not set(after) <= set(range(layers)):
         raise ValueError(f"--after {' '.join(map(str, after))}: the deep block has layers 0 … {layers - 1}")
     order = sorted([(index, False) for index in range(layers)] + [(index, True) for index in set(after)])
     found = {name: value for name, value in weights.items() if not name.startswith("deep_block.layers.")}
     for place, (index, new) in enumerate(order):
         prefix = f"deep_block.layers.{index}."
-        for name, value in weights.items():
-            if name.startswith(prefix):
-                part = name.removeprefix(prefix)
-                found[f"deep_block.layers.{place}.{part}"] = torch.zeros_like(value) if new and part.startswith(OUTPUTS) else value.clone()
+        layer = {name.removeprefix(prefix): value.clone() for name, value in weights.items() if name.startswith(prefix)}
+        if new:
+            layer |= {part: torch.zeros_like(value) for part, value in layer.items() if part.startswith(OUTPUTS)}
+            layer = looking_back(layer, config, back) if back else layer
+        found |= {f"deep_block.layers.{place}.{part}": value for part, value in layer.items()}
     return found
+
+
+def looking_back(layer: dict[str, Tensor], config: FlowConfig, frames: Sequence[int]) -> dict[str, Tensor]:
+    """A layer whose queries and keys say nothing but where they stand: its heads look in turn at the next token of the frame, and
+    at the place below, as they were `frames` latent frames before. Inputs are one token late, so that the next one is this one.
+
+    A turned pair of channels q = a and k = a · exp(−i ω Δ) has its highest score where the key stands Δ from the query.
+    """
+    heads, dim = config.deep_width // config.head_dim, config.head_dim
+    weight, bias = layer["attention.qkv.weight"].clone(), layer["attention.qkv.bias"].clone()
+    weight[: 2 * heads * dim], bias[: 2 * heads * dim] = 0, 0
+    unit = config.position_span / math.isqrt(config.learned_places or 64)
+    for head in range(heads):
+        down, right = ((0.0, unit), (unit, 0.0))[head % 2]
+        back = frames[head * len(frames) // heads]
+        turn = rotary(torch.tensor([[down, right, -float(back)], [1.0, 1.0, 1.0]]), dim, third_axis=True).turn
+        quick = turn[1].angle() >= 0.1
+        size = (SHARPNESS * dim**0.5) ** 0.5 * quick
+        query, key = bias[: 2 * heads * dim].view(2, heads, dim)[:, head]
+        query[:], key[:] = (torch.view_as_real(size * pair).flatten() for pair in (torch.ones_like(turn[0]), turn[0].conj()))
+    return layer | {"attention.qkv.weight": weight, "attention.qkv.bias": bias}
 
 
 def coordinates(places: int, width: int, size: float) -> Tensor:
@@ -55,10 +86,10 @@ def coordinates(places: int, width: int, size: float) -> Tensor:
     return size * mixed / mixed.square().mean().sqrt()
 
 
-def deeper(folder: Path, after: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], FlowConfig]:
+def deeper(folder: Path, after: Sequence[int], back: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], FlowConfig]:
     """Weights and configuration of the flow in `folder`, changed. ValueError for layers or places that it cannot have."""
     config = FlowConfig.read(folder / "config.json")
-    weights = deepen(dict(read_weights(folder)), config.layers[-1], after)
+    weights = deepen(dict(read_weights(folder)), config, after, back)
     changes: dict[str, Any] = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(after)))}
     if places:
         changes["learned_places"] = places
@@ -73,11 +104,12 @@ def main() -> None:
     parser.add_argument("model", help="packaged name or folder")
     parser.add_argument("target", type=Path, help="new folder")
     parser.add_argument("--after", type=int, nargs="*", default=[], help="layers of the deep block, from 0, that get a new one behind them")
+    parser.add_argument("--back", type=int, nargs="*", default=[], help="latent frames before, where new layers look at first")
     parser.add_argument("--places", type=int, help="tokens of a latent frame")
     options = parser.parse_args()
     try:
         source = resolve(options.model)
-        weights, config = deeper(source / "transformer", options.after, options.places)
+        weights, config = deeper(source / "transformer", options.after, options.back, options.places)
         with new_folder(options.target) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "README.md", "train*.jsonl"))
             save_weights(weights, folder / "transformer")

@@ -235,6 +235,29 @@ def test_shards_of_the_first_format_are_read(tiny_model: Path, recorded: Path, t
         prepare(configure(tiny_model, recorded, tmp_path))
 
 
+def test_of_shuffled_edits_both_clips_have_their_frames_in_one_new_order(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
+    places = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(4, 5, 8, 4, 4)
+    old_shard(tmp_path / "edits-017-00000.safetensors", {"source": places, "target": places + 8}, [["a"], ["b"], ["c"], ["d"]])
+
+    def orders(**more: Any) -> list[list[float]]:
+        stages = [{"steps": 9, "buckets": [{"task": "edit", "frames": 5, "batch": 4} | more]}]
+        config = configure(tiny_model, recorded, tmp_path, stages=stages).model_copy(update={"data": None})
+        source_of = CachedLatents(config)
+        rows = [row for step in range(9) for row in source_of(step).latents]
+        assert all(map(torch.equal, rows[:4], source_of(0).latents)), "a function of the step"
+        for row in rows:
+            row[[*range(1, 5), *range(6, 10)]] /= config.about.latent_scale
+            torch.testing.assert_close(row[5:], row[:5] + 8)
+        return [row[:5, 0, 0, 0].round().tolist() for row in rows]
+
+    assert orders() == 36 * [[0, 1, 2, 3, 4]]
+    found = orders(shuffled=True)
+    assert all(order[0] == 0 and sorted(order) == [0, 1, 2, 3, 4] for order in found)
+    assert len(set(map(tuple, found))) > 12
+    with pytest.raises(ValueError, match="shuffled is for buckets of the task edit"):
+        configure(tiny_model, recorded, tmp_path, stages=[{"steps": 9, "buckets": [{"task": "generate", "shuffled": True, "batch": 2}]}])
+
+
 def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no prepared latents here; make them with: reelflow train prepare"):
         PreparedLatents(tmp_path)

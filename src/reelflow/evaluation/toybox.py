@@ -41,8 +41,6 @@ from reelflow.sampling import Schedule
 
 SEED = 20_000
 """Of the scenes asked for; training uses others."""
-EDITED = 17
-"""Frames of a clip that is edited: too few to name every motion by."""
 NEAR = 8.0
 """Pixels: half a latent place, less than the radius of a small thing."""
 ROWS: dict[str, tuple[Split, int]] = {"one_thing": ("train", 1), "held_out": ("held_out", 1), "two_things": ("train", 2)}
@@ -154,8 +152,8 @@ def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, fl
     results = []
     pairs = (pair for pair in (edit_pair(SEED, index) for index in range(50 * count)) if len(pair[0].things) == 1 and pair[0].wall is None)
     for index, (before, after, words) in zip(range(count), pairs, strict=False):
-        made = pipe.edit(shown(before, EDITED), words, seed=index, sampling=sampling)
-        true, seen = detect(shown(after, EDITED).frames, 1), detect(made.frames, 1)
+        made = pipe.edit(shown(before), words, seed=index, sampling=sampling)
+        true, seen = detect(shown(after).frames, 1), detect(made.frames, 1)
         resized = before.things[0].size != after.things[0].size
         named = [replace(one, motion=after.things[0].motion if apart(one, true[0]) <= NEAR else "elsewhere") for one in seen]
         results.append(matches(named, after, resized))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reelflow.adapters.text import TextEncoder, wrap_prompt
-from reelflow.training.config import AnyBucket, RunConfig, TrainConfig
+from reelflow.training.config import AnyBucket, Bucket, RunConfig, TrainConfig
 from reelflow.training.shards import Entry, PreparedLatents, require_fit, seen_by
 
 PREFIX = {"image": "", "generate": "", "extend": "(extend) ", "edit": "(v2v) "}
@@ -184,6 +184,9 @@ def finish(config: TrainConfig, plan: Plan, row: int, mean: Tensor, std: Tensor 
         mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(seed)))
     latents = mean.clone()
     latents[:, 0 if scaled_first else 1 :] *= config.about.latent_scale
+    if isinstance(plan.bucket, Bucket) and plan.bucket.shuffled:
+        order = np.random.default_rng((config.seed, plan.step, row, 2)).permutation(np.arange(1, latents.shape[1]))
+        latents[:, 1:] = latents[:, order]
     return latents.flatten(0, 1)
 
 

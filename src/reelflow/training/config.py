@@ -43,6 +43,9 @@ class Bucket(AnyBucket):
     task: Literal["image", "generate", "extend", "edit"]
     """image: first latent frames alone. generate: clips from their start. extend: clips without their first latent frame,
     prompt prefixed `(extend) `. edit: source then target clip, prompt prefixed `(v2v) `."""
+    shuffled: bool = False
+    """Of edits, both clips with the latent frames after the first in one random order: where things are in the target is then told
+    by the same frame of the source alone, not by the target's own past."""
 
 
 class Stage(AnyStage):
@@ -216,6 +219,8 @@ class TrainConfig(RunConfig):
         foresees = [stage for stage in self.stages if stage.foresight]
         if self.flow.denoiser and any(stage.denoiser for stage in foresees):
             yield "a stage with foresight cannot train the denoiser, which needs the slope of the likelihood alone; add denoiser: false"
+        if any(bucket.shuffled and bucket.task != "edit" for stage in self.stages for bucket in stage.buckets):
+            yield "shuffled is for buckets of the task edit, whose source tells the order"
         if foresees and not self.flow.sos:
             yield "foresight hides tokens behind the start token, and flow.sos = false has none"
         if self.noise_range and not self.about.prompt.noise:
