@@ -19,7 +19,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,8 @@ def looking_back(layer: dict[str, Tensor], config: FlowConfig, frames: Sequence[
     heads, dim = config.deep_width // config.head_dim, config.head_dim
     weight, bias = layer["attention.qkv.weight"].clone(), layer["attention.qkv.bias"].clone()
     weight[: 2 * heads * dim], bias[: 2 * heads * dim] = 0, 0
-    unit = config.position_span / math.isqrt(config.learned_places or 64)
+    assert config.learned_places is not None
+    unit = config.position_span / math.isqrt(config.learned_places)
     for head in range(heads):
         down, right = ((0.0, unit), (unit, 0.0))[head % 2]
         back = frames[head * len(frames) // heads]
@@ -89,14 +89,16 @@ def coordinates(places: int, width: int, size: float) -> Tensor:
 def deeper(folder: Path, after: Sequence[int], back: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], FlowConfig]:
     """Weights and configuration of the flow in `folder`, changed. ValueError for layers or places that it cannot have."""
     config = FlowConfig.read(folder / "config.json")
+    embedded = {f"shallow_blocks.{index}": (config.width, 0.0) for index in range(len(config.layers) - 1)}
+    embedded["deep_block"] = (config.deep_width, 0.15)
+    config = config.model_copy(update={"learned_places": places or config.learned_places})
+    if back and (config.positions != "rotary" or not config.bias or config.num_heads or config.num_kv_heads or not config.learned_places):
+        raise ValueError("--back is for rotary positions, layers with bias, as many key as query heads, and known places (--places)")
     weights = deepen(dict(read_weights(folder)), config, after, back)
-    changes: dict[str, Any] = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(after)))}
     if places:
-        changes["learned_places"] = places
-        shallow = {f"shallow_blocks.{index}": (config.width, 0.0) for index in range(len(config.layers) - 1)}
-        for block, (width, size) in {**shallow, "deep_block": (config.deep_width, 0.15)}.items():
-            weights[f"{block}.pos_embed"] = coordinates(places, width, size)
-    return weights, config.model_copy(update=changes)
+        weights |= {f"{block}.pos_embed": coordinates(places, width, size) for block, (width, size) in embedded.items()}
+    layers = (*config.layers[:-1], config.layers[-1] + len(set(after)))
+    return weights, config.model_copy(update={"layers": layers})
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import reelflow
+from reelflow.config import FlowConfig
+from reelflow.flow import StarFlow
 from reelflow.pipelines.starflow import StarFlowPipeline
 
 
@@ -48,9 +50,30 @@ def test_places_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
     assert not any(block.pos_embed.any() for block in pipe.flow.shallow_blocks)
 
 
+@torch.no_grad()
+def test_new_layers_look_back_at_the_place_that_is_predicted() -> None:
+    frames, places, text, width = 6, 16, 5, 128
+    shape = {"channels": 4, "width": 64, "deep_width": width, "layers": (1, 2), "window": frames, "position_span": 4}
+    config = FlowConfig(**shape, text_tokens=text, text_dim=8, learned_places=places)
+    weights = deepen.deepen(StarFlow(config).state_dict(), config, [0], [3])
+    flow = StarFlow(config.model_copy(update={"layers": (1, 3)}))
+    flow.load_state_dict(weights)
+    table = flow.rotary(flow.places(frames, (4, 4), True, torch.device("cpu")), (4, 4), True)
+    query, key, _ = flow.deep_block.layers[1].attention.project(torch.randn(1, text + frames * places, width), table)
+    share = (query @ key.mT / query.shape[-1] ** 0.5).tril().softmax(-1)[0, :, text:, text:]
+    for place in (3 * places + 5, 5 * places + 2):
+        for own, further in zip(share, (1, 4), strict=True):  # the next token there, whose input is one late, and the one below
+            assert int(own[place].argmax()) == place - 3 * places + further
+            assert own[place].max() > 0.8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--after", "7"), "--after 7: the deep block has layers 0 … "), (("--places", "6"), "--places 6 is not a square frame")],
+    [
+        (("--after", "7"), "--after 7: the deep block has layers 0 … "),
+        (("--places", "6"), "--places 6 is not a square frame"),
+        (("--after", "0", "--back", "3"), "and known places (--places)"),
+    ],
 )
 def test_wrong_input_is_named_and_leaves_nothing(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
