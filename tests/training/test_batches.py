@@ -235,27 +235,43 @@ def test_shards_of_the_first_format_are_read(tiny_model: Path, recorded: Path, t
         prepare(configure(tiny_model, recorded, tmp_path))
 
 
-def test_of_shuffled_edits_both_clips_have_their_frames_in_one_new_order(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
+def test_drifted_edits_are_learned_from_where_they_turn_back(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
     places = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(4, 5, 8, 4, 4)
     old_shard(tmp_path / "edits-017-00000.safetensors", {"source": places, "target": places + 8}, [["a"], ["b"], ["c"], ["d"]])
 
-    def orders(**more: Any) -> list[list[float]]:
-        stages = [{"steps": 9, "buckets": [{"task": "edit", "frames": 5, "batch": 4} | more]}]
+    def batches(**bucket: Any) -> list[tuple[list[list[float]], list[int] | None]]:
+        stages = [{"steps": 9, "denoiser": False, "buckets": [{"task": "edit", "frames": 5, "batch": 4} | bucket]}]
         config = configure(tiny_model, recorded, tmp_path, stages=stages).model_copy(update={"data": None})
         source_of = CachedLatents(config)
-        rows = [row for step in range(9) for row in source_of(step).latents]
-        assert all(map(torch.equal, rows[:4], source_of(0).latents)), "a function of the step"
-        for row in rows:
-            row[[*range(1, 5), *range(6, 10)]] /= config.about.latent_scale
-            torch.testing.assert_close(row[5:], row[:5] + 8)
-        return [row[:5, 0, 0, 0].round().tolist() for row in rows]
+        found = [source_of(step) for step in range(9)]
+        assert equal(source_of(0), found[0]), "a function of the step"
+        scale = torch.tensor([1.0, *4 * [config.about.latent_scale]] * 2)
+        return [([(row[:, 0, 0, 0] / scale).round().tolist() for row in batch.latents], batch.learned_from) for batch in found]
 
-    assert orders() == 36 * [[0, 1, 2, 3, 4]]
-    found = orders(shuffled=True)
-    assert all(order[0] == 0 and sorted(order) == [0, 1, 2, 3, 4] for order in found)
-    assert len(set(map(tuple, found))) > 12
-    with pytest.raises(ValueError, match="shuffled is for buckets of the task edit"):
-        configure(tiny_model, recorded, tmp_path, stages=[{"steps": 9, "buckets": [{"task": "generate", "shuffled": True, "batch": 2}]}])
+    source, target = [0, 1, 2, 3, 4], [8, 9, 10, 11, 12]
+    assert all(rows == 4 * [source + target] and learned is None for rows, learned in batches())
+    went = []
+    for rows, learned in batches(drifted=True):
+        assert learned is not None
+        for row, first in zip(rows, learned, strict=True):
+            assert 6 <= first <= 9
+            assert row[:6] == [*source, 8], "the source and the first frame are as they are"
+            assert row[first:] == target[first - 5 :], "as is what is learned"
+            assert row[6:first] == sorted(row[6:first])
+            went.append(row[6:first] == target[1 : first - 5])
+    assert 0.2 < sum(went) / len(went) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"buckets": [{"task": "generate", "frames": 2, "batch": 2, "drifted": True}]}, "drifted is for buckets of the task edit"),
+        ({"buckets": [{"task": "edit", "frames": 2, "batch": 2, "drifted": True}], "denoiser": True}, "cannot train the denoiser"),
+    ],
+)
+def test_where_edits_cannot_drift(tiny_model: Path, recorded: Path, tmp_path: Path, stage: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(tiny_model, recorded, tmp_path, stages=[{"steps": 9, "denoiser": False} | stage])
 
 
 def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_antithetic_rows_are_the_same_clips_with_the_opposite_noise() -> None:
     assert (rows.prompts, rows.noise_std_B.tolist(), rows.share) == (2 * alone.prompts, 2 * alone.noise_std_B.tolist(), 1.0)
 
 
+def test_frames_that_count_belong_to_their_rows() -> None:
+    def some(step: int) -> Batch:
+        return Batch(tiny["latents"](step, 5), [str(row) for row in range(5)], [0, 1, 1, 0, 1])
+
+    for rank in range(2):
+        (rows,) = feed(rank, 2, source=some, stages=ANTITHETIC)(1)
+        wanted = [[1.0, 1.0] if row in "03" else [0.0, 1.0] for row in rows.prompts]
+        assert rows.learned_BF is not None
+        assert rows.learned_BF.tolist() == wanted
+    assert feed()(0)[0].learned_BF is None
+
+
 def test_antithetic_rows_stay_together_however_they_are_split() -> None:
     (wanted,) = feed(stages=ANTITHETIC)(1)
     for rank in range(2):

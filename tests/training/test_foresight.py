@@ -44,6 +44,19 @@ def test_the_likelihood_beside_it_is_the_flows_own(flow: ForeseeingFlow) -> None
     torch.testing.assert_close(flow.foreseen(x, x + 1, text)[0], nll(flow, x, text))
 
 
+def test_frames_that_do_not_count_add_nothing(flow: ForeseeingFlow) -> None:
+    x, text = given(flow)
+    learned = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]).double()
+    z, log_det = flow(x, text)
+    by_frame = (0.5 * z.square() - log_det).flatten(2).mean(2)
+    wanted = torch.stack((by_frame[0, 1:].mean(), by_frame[1, 2:].mean()))
+    likelihood, error = flow.foreseen(x, x + 0.3, text, learned)
+    torch.testing.assert_close(nll(flow, x, text, learned), wanted)
+    torch.testing.assert_close(likelihood, wanted)
+    assert error[0] == flow.foreseen(x, x + 0.3, text)[1][0]
+    assert error[1] != flow.foreseen(x, x + 0.3, text)[1][1]
+
+
 def test_the_error_is_to_tokens_without_noise_in_the_scales_of_the_likelihood(flow: ForeseeingFlow) -> None:
     x, text = given(flow)
     clean = x + 0.3

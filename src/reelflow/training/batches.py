@@ -49,6 +49,8 @@ class Batch(NamedTuple):
 
     latents: Tensor | Rows
     prompts: list[str]
+    learned_from: list[int] | None = None
+    """The first latent frame of every row that counts; None: all frames count."""
 
     @property
     def size(self) -> int:
@@ -65,7 +67,19 @@ class Plan(NamedTuple):
     """Numbers of its rows among all draws from the clips of this length and aspect."""
     prompts: list[str]
     starts: list[float]
-    """Where rows of the task extend begin, 0 … 1 of where they can."""
+    """Where rows of the task extend begin, and where those of drifted edits turn back, 0 … 1 of where they can."""
+
+    @property
+    def drifted(self) -> bool:
+        return isinstance(self.bucket, Bucket) and self.bucket.drifted
+
+    def learned_from(self, row: int) -> int:
+        """The first latent frame of a row that is learned: of drifted edits one of the target's, but never its first, else 0."""
+        frames = self.bucket.frames
+        return frames + 1 + int(self.starts[row] * (frames - 1)) if self.drifted else 0
+
+    def batch(self, latents: Rows) -> Batch:
+        return Batch(latents, self.prompts, [self.learned_from(row) for row in range(len(self.draws))] if self.drifted else None)
 
 
 def wrapped(config: TrainConfig, text: str, task: str, aspect: str) -> str:
@@ -184,9 +198,10 @@ def finish(config: TrainConfig, plan: Plan, row: int, mean: Tensor, std: Tensor 
         mean = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(seed)))
     latents = mean.clone()
     latents[:, 0 if scaled_first else 1 :] *= config.about.latent_scale
-    if isinstance(plan.bucket, Bucket) and plan.bucket.shuffled:
-        order = np.random.default_rng((config.seed, plan.step, row, 2)).permutation(np.arange(1, latents.shape[1]))
-        latents[:, 1:] = latents[:, order]
+    if plan.drifted:
+        frames, pace = plan.bucket.frames, np.exp(np.random.default_rng((config.seed, plan.step, row, 2)).uniform(-1.0, 0.6))
+        astray = np.arange(1, plan.learned_from(row) - frames)
+        latents[1, astray] = latents[1, np.rint(astray * pace).clip(1, frames - 1).astype(int)]
     return latents.flatten(0, 1)
 
 
@@ -221,7 +236,7 @@ class CachedLatents:
 
     def __call__(self, step: int) -> Batch:
         plan = self.planner.plan(step)
-        return Batch(Rows(lambda row: self._row(plan, row), len(plan.draws)), plan.prompts)
+        return plan.batch(Rows(lambda row: self._row(plan, row), len(plan.draws)))
 
     def _row(self, plan: Plan, row: int) -> Tensor:
         entry, _ = next(self.planner.draw(plan.bucket, plan.aspect, plan.draws[row]))

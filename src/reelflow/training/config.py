@@ -43,9 +43,9 @@ class Bucket(AnyBucket):
     task: Literal["image", "generate", "extend", "edit"]
     """image: first latent frames alone. generate: clips from their start. extend: clips without their first latent frame,
     prompt prefixed `(extend) `. edit: source then target clip, prompt prefixed `(v2v) `."""
-    shuffled: bool = False
-    """Of edits, both clips with the latent frames after the first in one random order: where things are in the target is then told
-    by the same frame of the source alone, not by the target's own past."""
+    drifted: bool = False
+    """Of edits, what leads back to the source: the target's frames up to one that is drawn are those of a motion too fast or too slow,
+    as a sampler has them that went astray, and only the frames from there on are learned. Goes with `denoiser: false`."""
 
 
 class Stage(AnyStage):
@@ -219,8 +219,11 @@ class TrainConfig(RunConfig):
         foresees = [stage for stage in self.stages if stage.foresight]
         if self.flow.denoiser and any(stage.denoiser for stage in foresees):
             yield "a stage with foresight cannot train the denoiser, which needs the slope of the likelihood alone; add denoiser: false"
-        if any(bucket.shuffled and bucket.task != "edit" for stage in self.stages for bucket in stage.buckets):
-            yield "shuffled is for buckets of the task edit, whose source tells the order"
+        drifting = [(stage, bucket) for stage in self.stages for bucket in stage.buckets if bucket.drifted]
+        if any(bucket.task != "edit" or bucket.frames < 2 for _, bucket in drifting):
+            yield "drifted is for buckets of the task edit with two latent frames or more: a source leads back"
+        if self.flow.denoiser and any(stage.denoiser for stage, _ in drifting):
+            yield "a stage with drifted edits cannot train the denoiser, which needs a whole clip's slope; add denoiser: false"
         if foresees and not self.flow.sos:
             yield "foresight hides tokens behind the start token, and flow.sos = false has none"
         if self.noise_range and not self.about.prompt.noise:

@@ -40,6 +40,8 @@ class Rows(NamedTuple):
     """σ of every row."""
     share: float
     """Of these rows among all of the batch."""
+    learned_BF: Tensor | None = None
+    """1 for the frames that count, 0 for the others; None: all of them count."""
 
 
 class Feed(Generic[R]):
@@ -120,9 +122,13 @@ class FlowFeed(Feed[Rows]):
         if self.config.stage(step).antithetic:
             x, without_noise = torch.cat((x, 2 * without_noise - x)), torch.cat((without_noise, without_noise))
             prompts, levels = 2 * prompts, 2 * levels
+        learned_BF = None
+        if batch.learned_from is not None:
+            first = torch.tensor([batch.learned_from[row] for row in rows]).repeat(len(x) // len(rows))
+            learned_BF = (torch.arange(x.shape[1]) >= first[:, None]).float()
         if self.pin:
             x, without_noise = x.pin_memory(), without_noise.pin_memory()
-        return Rows(x, without_noise, prompts, torch.tensor(levels), len(rows) / batch.size)
+        return Rows(x, without_noise, prompts, torch.tensor(levels), len(rows) / batch.size, learned_BF)
 
     def _told(self, prompt: str, level: float) -> str:
         """The prompt, which is wrapped for the model's own noise level, with the level that was drawn."""

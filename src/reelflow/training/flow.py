@@ -72,15 +72,16 @@ class FlowObjective:
         """Gradients of some rows. Returns their share of the flow's and the denoiser's loss, times the number of ranks."""
         denoise, device = self.separate(step), self.ranks.device
         x = rows.x.to(device, non_blocking=True).requires_grad_(denoise)
+        learned_BF = None if rows.learned_BF is None else rows.learned_BF.to(device)
         share, noise_std_B = rows.share * self.ranks.count, rows.noise_std_B.to(device)
         weight_B = noise_weight(noise_std_B, self.config.about.prompt.noise) * (share / len(x))
         with parallel.precision(self.config, device):
             states = self.text.states(rows.prompts) if self.flow.config.text_tokens else None
             foresight = self.config.stage(step).foresight if x.shape[1] > 1 else 0.0
             if foresight:
-                nll_B, off_B = self.flow.foreseen(x, rows.clean.to(device, non_blocking=True), states)
+                nll_B, off_B = self.flow.foreseen(x, rows.clean.to(device, non_blocking=True), states, learned_BF)
             else:
-                nll_B, off_B = nll(self.flow, x, states), x.new_zeros(len(x))
+                nll_B, off_B = nll(self.flow, x, states, learned_BF), x.new_zeros(len(x))
         (weight_B * (nll_B + foresight * off_B)).sum().backward()
         score = torch.zeros((), device=device)
         if denoise:

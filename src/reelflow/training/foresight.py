@@ -16,16 +16,20 @@ from reelflow.flow import Affine, StarFlow, order
 from reelflow.flow.attention import Attend
 from reelflow.flow.block import FlowBlock
 from reelflow.training.attention import attention, causal
+from reelflow.training.loss import mean_of_frames
 
 
 class ForeseeingFlow(StarFlow):
     """A flow that also says what it expects of its frames; the same weights. Needs a start token."""
 
-    def foreseen(self, x_BFChw: Tensor, clean_BFChw: Tensor, text_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
+    def foreseen(
+        self, x_BFChw: Tensor, clean_BFChw: Tensor, text_BLE: Tensor | None, learned_BF: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`loss.nll` of clips, (B,), and the squared error of what is expected, (B,).
 
         The error of shifts without their own frame, to the tokens that the same latents without noise have, in the scales of the
         likelihood: ½ |u − shift|² / scale² averaged over the values of all frames from the second on, in nats per value.
+        learned_BF: which latent frames count, as in `loss.nll`.
         """
         size = (x_BFChw.shape[-2], x_BFChw.shape[-1])
         u_BFSC, shallow = (order(found, self.deep_block) for found in self.to_deep(x_BFChw))
@@ -34,8 +38,9 @@ class ForeseeingFlow(StarFlow):
         known, expected_BTC = self.both_parameters(u_BFSC, size, text_BLE)
         z, deep = known.forward(u_BFSC.flatten(1, 2))
         off = (wanted_BFSC[:, 1:].flatten(1, 2) - expected_BTC) / known.scale.detach()[:, u_BFSC.shape[2] :]
-        nll = 0.5 * z.square() - deep - shallow.flatten(1, 2)
-        return nll.flatten(1).mean(1), 0.5 * off.square().flatten(1).mean(1)
+        nll = (0.5 * z.square() - deep - shallow.flatten(1, 2)).unflatten(1, u_BFSC.shape[1:3])
+        error = 0.5 * off.square().unflatten(1, (-1, u_BFSC.shape[2]))
+        return mean_of_frames(nll, learned_BF), mean_of_frames(error, None if learned_BF is None else learned_BF[:, 1:])
 
     def both_parameters(self, u_BFSC: Tensor, size: tuple[int, int], text_BLE: Tensor | None) -> tuple[Affine, Tensor]:
         """The deep block's for all tokens (B, T, C), and shifts of those from the second frame on without their own frame (B, T − S, C).

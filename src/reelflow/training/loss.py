@@ -11,10 +11,19 @@ from reelflow.denoise import SCORE_UNIT
 from reelflow.flow import StarFlow
 
 
-def nll(model: StarFlow, x_BFChw: Tensor, text_BLE: Tensor | None) -> Tensor:
-    """0.5 z² − log|det| averaged over a clip's values, (B,), in nats per value, without the constant ½ log 2π."""
+def nll(model: StarFlow, x_BFChw: Tensor, text_BLE: Tensor | None, learned_BF: Tensor | None = None) -> Tensor:
+    """0.5 z² − log|det| averaged over a clip's values, (B,), in nats per value, without the constant ½ log 2π.
+
+    learned_BF: 1 for the latent frames that count, 0 for the others; None: all of them count.
+    """
     z, log_det = model(x_BFChw, text_BLE)
-    return (0.5 * z.square() - log_det).flatten(1).mean(1)
+    return mean_of_frames(0.5 * z.square() - log_det, learned_BF)
+
+
+def mean_of_frames(values_BF: Tensor, learned_BF: Tensor | None) -> Tensor:
+    """The mean (B,) of what frames have (B, F, …), of those that `learned_BF` says."""
+    values_BF = values_BF.flatten(2).mean(2)
+    return values_BF.mean(1) if learned_BF is None else (values_BF * learned_BF).sum(1) / learned_BF.sum(1)
 
 
 def noise_weight(noise_std_B: Tensor, told: bool) -> Tensor:

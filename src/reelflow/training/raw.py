@@ -166,7 +166,7 @@ class RawClips(Pieces):
                 ready.update({row: self._encoded(plan, [row], [self._piece(plan, row)[1]])[0]})
             return ready[row]
 
-        return Batch(Rows(row_of, len(plan.draws)), plan.prompts)
+        return plan.batch(Rows(row_of, len(plan.draws)))
 
     def _encoded(self, plan: Plan, rows: list[int], pieces: list[Piece]) -> list[Tensor]:
         """Rows (F, C, h, w)."""
