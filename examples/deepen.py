@@ -92,6 +92,8 @@ def deeper(folder: Path, after: Sequence[int], back: Sequence[int], places: int 
     embedded = {f"shallow_blocks.{index}": (config.width, 0.0) for index in range(len(config.layers) - 1)}
     embedded["deep_block"] = (config.deep_width, 0.15)
     config = config.model_copy(update={"learned_places": places or config.learned_places})
+    if back and not after:
+        raise ValueError("--back is where new layers look; --after says where they go")
     if back and (config.positions != "rotary" or not config.bias or config.num_heads or config.num_kv_heads or not config.learned_places):
         raise ValueError("--back is for rotary positions, layers with bias, as many key as query heads, and known places (--places)")
     weights = deepen(dict(read_weights(folder)), config, after, back)

@@ -72,6 +72,7 @@ def test_new_layers_look_back_at_the_place_that_is_predicted() -> None:
     [
         (("--after", "7"), "--after 7: the deep block has layers 0 … "),
         (("--places", "6"), "--places 6 is not a square frame"),
+        (("--places", "16", "--back", "3"), "--back is where new layers look; --after says"),
         (("--after", "0", "--back", "3"), "and known places (--places)"),
     ],
 )
