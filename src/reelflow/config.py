@@ -158,6 +158,8 @@ class ModelConfig(Strict):
     later_windows: Literal["same", "extend"] = "same"
     """What the deep block reads in windows beyond the trained length: the same text (published), or the prompt with the
     prefix `(extend) `, as clips without their first latent frame had it in training."""
+    whole_edits: bool = False
+    """Edits were learned from videos of the trained length alone: a shorter one is read as if its last frame stayed until then."""
     parts: dict[str, str] = Field(default_factory=dict)
     """Where parts missing from the folder come from: `vae`, `text_encoder`, `tokenizer` → Hugging Face id, with
     `:subfolder` where the part is not at its root."""

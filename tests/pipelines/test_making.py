@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 import reelflow
 from reelflow import Clip
 from reelflow.pipelines.base import picture
+from reelflow.pipelines.loading import Asked
 from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
 from reelflow.sampling import Schedule
 
@@ -280,6 +282,21 @@ def test_edit_has_the_sources_length_and_reads_it(pipe: StarFlowPipeline, source
     assert len(pipe.edit(source[:6], "make it blue", seed=2, sampling=QUICK)) == 5
     with pytest.warns(UserWarning, match="has 14 frames at 8 per second; the first 9 are used"):
         assert len(pipe.edit(moving(14, 8), "make it blue", seed=2, sampling=QUICK)) == 9
+
+
+def test_whole_edits_read_a_short_video_as_if_its_last_frame_stayed(pipe: StarFlowPipeline, source: Clip) -> None:
+    """And make as much of it as there was: the beginning of what they make of the video held to the trained length."""
+    about = pipe.about.model_copy(update={"whole_edits": True})
+    whole = StarFlowPipeline(about, pipe.flow, pipe.codec, pipe.text)
+    short, plain = source[:5], replace(EXACT, denoise=False)  # the denoiser looks a frame ahead
+    held = short + Clip(source.frames[[4] * 4], source.fps)
+    made = whole.edit(short, "make it blue", seed=2, sampling=plain)
+    assert len(made) == made.metadata["settings"]["frames"] == 5
+    assert difference(made, whole.edit(held, "make it blue", seed=2, sampling=plain)[:5]) <= 1
+    assert difference(made, pipe.edit(short, "make it blue", seed=2, sampling=plain)) > 5
+    assert difference(whole.edit(source, "make it blue", seed=2), pipe.edit(source, "make it blue", seed=2)) == 0
+    sizes = [Asked(frames=frames, task="edit").wish(about, pipe.flow.config, pipe.codec) for frames in (5, 9)]
+    assert sizes[0] == sizes[1] != Asked(frames=5, task="edit").wish(pipe.about, pipe.flow.config, pipe.codec)
 
 
 def test_a_task_the_model_was_not_trained_for(tiny_model: Path, pipe: StarFlowPipeline, source: Clip) -> None:

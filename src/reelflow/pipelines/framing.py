@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reelflow.adapters.vae import Codec
 from reelflow.clip import Clip
@@ -56,3 +56,8 @@ class Framing:
             say(f"the video has {len(clip)} frames at {self.about.fps:g} per second; the first {most} are used")
             length = most
         return self.fit(clip[:length])
+
+    def whole(self, clip: Clip) -> Clip:
+        """A video to edit, as the model reads it: of the trained length, the last frame repeated, where it has learned no other."""
+        missing = self.about.frames - len(clip)
+        return replace(clip, frames=clip.frames[[*range(len(clip)), *[-1] * missing]]) if self.about.whole_edits else clip

@@ -54,7 +54,10 @@ class Asked:
         from reelflow.pipelines.trial import Wish
 
         framing, guidance = Framing(about, codec), about.guidance if self.guidance is None else self.guidance
-        frames, height, width = codec.latent_shape(framing.length(self.seconds, self.frames), *framing.frame_size(self.aspect or "1:1"))
+        length = framing.length(self.seconds, self.frames)
+        if self.task == "edit" and about.whole_edits:
+            length = max(length, about.frames)
+        frames, height, width = codec.latent_shape(length, *framing.frame_size(self.aspect or "1:1"))
         given = {"animate": 1, "edit": frames, "extend": min(frames, default_context(config.window))}.get(self.task, 0)
         frames, window = (2 * frames, 2 * frames) if self.task == "edit" else (frames, None)
         return Wish(

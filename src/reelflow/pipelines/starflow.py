@@ -152,8 +152,9 @@ class StarFlowPipeline(Pipeline):
         spoken(prompt, "edit")
         source, aspect = self.framing.source(clip, self.about.frames)
         seed = self._agree(new_seed(seed), (prompt, len(source), sampling))
-        given = self._latents(source)
-        noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, (given.shape[1], *given.shape[3:]))))[None]
+        given = self._latents(self.framing.whole(source))
+        shape = self.codec.latent_shape(len(source), source.height, source.width)
+        noise = torch.cat((torch.zeros_like(given[0]).cpu(), self._noise(seed, shape)))[None]
         both, used = self._sample(
             [prompt], noise, given, sampling, progress, seed=seed, aspect=aspect, task="(v2v) ", window=2 * given.shape[1]
         )
