@@ -27,7 +27,7 @@ def row(clip: reelflow.Clip) -> np.ndarray:
 def main(target: str) -> None:
     pipe = reelflow.load("mini")
     clips = [pipe.generate(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
-    clips.append(pipe.edit(clips[0][:17], "make the ball cyan", seed=0))
+    clips.append(pipe.edit(clips[0], "make the ball cyan", seed=0))
     clips.append(pipe.extend(clips[1], PROMPTS[1], seconds=4, seed=0))
     Image.fromarray(np.concatenate([row(clip) for clip in clips])).save(target)
 

@@ -59,15 +59,18 @@ def test_other_colours_are_seen() -> None:
 def test_an_edit_changes_what_was_asked_and_nothing_moves_otherwise() -> None:
     pairs = [edit_pair(SEED, index) for index in range(50 * 8)]
 
-    def through(answer: Any) -> dict[str, float]:
+    def through(answer: Any, frames: int = 33) -> dict[str, float]:
         def edited(clip: Clip, words: str, **settings: Any) -> Clip:
+            assert len(clip) == frames
             asked = (pair for pair in pairs if pair[2] == words)
-            before, after, _ = next(pair for pair in asked if np.array_equal(shown(pair[0]).frames, clip.frames))
-            return shown(answer(before, after))
+            before, after, _ = next(pair for pair in asked if np.array_equal(shown(pair[0], frames).frames, clip.frames))
+            return shown(answer(before, after), frames)
 
-        return edit(cast("Any", SimpleNamespace(edit=edited)), 8, Sampling())
+        return edit(cast("Any", SimpleNamespace(edit=edited)), 8, Sampling(), frames)
 
     assert set(through(lambda before, after: after).values()) == {1.0}
+    short = through(lambda before, after: after, 17)
+    assert short["colour"] == short["motion"] == 1.0
     unchanged = through(lambda before, after: before)
     assert unchanged["motion"] == 1.0
     assert unchanged["all"] == 0.0
@@ -99,6 +102,8 @@ def test_one_measure_alone() -> None:
         run(only=["speed"])
     with pytest.raises(ValueError, match="extended 33 is not usable; give more than the 33 frames"):
         run(extended=33)
+    with pytest.raises(ValueError, match="edited 34 is not usable; give 5 to 33 frames"):
+        run(edited=34)
 
 
 def test_scenes_are_what_a_prompt_can_say() -> None:

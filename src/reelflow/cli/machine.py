@@ -121,6 +121,7 @@ def toybox(
         float | None, typer.Option(metavar="0…1", help="Of flows: deviation of the noise. \\[default: the model's own]")
     ] = None,
     extended: Annotated[int, typer.Option(metavar="N≥34", help="Frames of the clips that are extended, from 33.")] = 65,
+    edited: Annotated[int, typer.Option(metavar="5…33", help="Frames of the clips that are edited.")] = 33,
     only: Annotated[
         list[str] | None, typer.Option(metavar="MEASURE", help="Measure this alone, as in --only one_thing; several times: these.")
     ] = None,
@@ -136,7 +137,7 @@ def toybox(
 
         found = run(
             options.model, options.device, options.precision, count=count, seed=seed, sampler=options.sampler, tolerance=options.tolerance,
-            guidance=guidance, temperature=temperature, extended=extended, only=only or (), progress=job.report,
+            guidance=guidance, temperature=temperature, extended=extended, edited=edited, only=only or (), progress=job.report,
         )  # fmt: skip
     job.screen.table(found, f"toybox: {options.model}", ("measure", "value"), [(key, _flat(value)) for key, value in found.items()])
 

@@ -53,7 +53,7 @@ Progress = Callable[[str, float], None]
 def run(
     model: str = "mini", device: str | None = None, precision: Precision = "auto", count: int = 64, seed: int = 0, batch: int = 8,
     sampler: str = "jacobi", tolerance: float | None = None, guidance: float | None = None, temperature: float | None = None,
-    extended: int = 65, only: Sequence[str] = (), progress: Progress = lambda phase, share: None,
+    extended: int = 65, edited: int = CLIP, only: Sequence[str] = (), progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rates (0 … 1), bits per dimension and decibels, by task.
 
@@ -61,15 +61,18 @@ def run(
         count: clips per text → video row, 1 …; the other tasks take a quarter of it, at least 4.
         seed: of the clips, 0 …; the scenes asked for stay the same.
         extended: frames of the clips of `extend`, above 33.
+        edited: frames of the clips of `edit`, 5 … 33.
         only: names of what is measured, see the top of the file; by default all.
     """
     if count < 1:
         raise ValueError(f"count {count} is not usable; give at least 1 clip")
     if extended <= CLIP:
         raise ValueError(f"extended {extended} is not usable; give more than the {CLIP} frames that are continued")
+    if not 5 <= edited <= CLIP:
+        raise ValueError(f"edited {edited} is not usable; give 5 to {CLIP} frames")
     others: dict[str, Callable[[StarFlowPipeline, int, Sampling], dict[str, float]]] = {
-        "codec": codec, "animate": animate, "edit": edit, "extend": partial(extend, frames=extended), "likelihood": likelihood,
-        "denoiser": denoiser,
+        "codec": codec, "animate": animate, "edit": partial(edit, frames=edited), "extend": partial(extend, frames=extended),
+        "likelihood": likelihood, "denoiser": denoiser,
     }  # fmt: skip
     pipe: Pipeline = load(model, device, precision)
     known = toybox_svd.MEASURES if isinstance(pipe, SvdPipeline) else (*ROWS, *others)
@@ -147,13 +150,13 @@ def animate(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str,
     return rates(results) | {"first_frame_psnr": round(float(np.mean(first)), 2), "codec_psnr": round(float(np.mean(codec)), 2)}
 
 
-def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling) -> dict[str, float]:
+def edit(pipe: StarFlowPipeline, count: int, sampling: Sampling, frames: int = CLIP) -> dict[str, float]:
     """`motion`: the thing is where it should be, to `NEAR` pixels on average; `all` has the size too where that was to change."""
     results = []
     pairs = (pair for pair in (edit_pair(SEED, index) for index in range(50 * count)) if len(pair[0].things) == 1 and pair[0].wall is None)
     for index, (before, after, words) in zip(range(count), pairs, strict=False):
-        made = pipe.edit(shown(before), words, seed=index, sampling=sampling)
-        true, seen = detect(shown(after).frames, 1), detect(made.frames, 1)
+        made = pipe.edit(shown(before, frames), words, seed=index, sampling=sampling)
+        true, seen = detect(shown(after, len(made)).frames, 1), detect(made.frames, 1)
         resized = before.things[0].size != after.things[0].size
         named = [replace(one, motion=after.things[0].motion if apart(one, true[0]) <= NEAR else "elsewhere") for one in seen]
         results.append(matches(named, after, resized))
