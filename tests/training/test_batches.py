@@ -235,26 +235,28 @@ def test_shards_of_the_first_format_are_read(tiny_model: Path, recorded: Path, t
         prepare(configure(tiny_model, recorded, tmp_path))
 
 
-def test_drifted_edits_are_learned_from_where_they_turn_back(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
+def test_drifted_edits_are_learned_where_they_begin_and_turn_back(tiny_model: Path, recorded: Path, tmp_path: Path) -> None:
     places = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(4, 5, 8, 4, 4)
     old_shard(tmp_path / "edits-017-00000.safetensors", {"source": places, "target": places + 8}, [["a"], ["b"], ["c"], ["d"]])
 
-    def batches(**bucket: Any) -> list[tuple[list[list[float]], list[int] | None]]:
+    def batches(**bucket: Any) -> list[tuple[list[list[float]], torch.Tensor | None]]:
         stages = [{"steps": 9, "denoiser": False, "buckets": [{"task": "edit", "frames": 5, "batch": 4} | bucket]}]
         config = configure(tiny_model, recorded, tmp_path, stages=stages).model_copy(update={"data": None})
         source_of = CachedLatents(config)
         found = [source_of(step) for step in range(9)]
         assert equal(source_of(0), found[0]), "a function of the step"
         scale = torch.tensor([1.0, *4 * [config.about.latent_scale]] * 2)
-        return [([(row[:, 0, 0, 0] / scale).round().tolist() for row in batch.latents], batch.learned_from) for batch in found]
+        return [([(row[:, 0, 0, 0] / scale).round().tolist() for row in batch.latents], batch.learned_BF) for batch in found]
 
     source, target = [0, 1, 2, 3, 4], [8, 9, 10, 11, 12]
     assert all(rows == 4 * [source + target] and learned is None for rows, learned in batches())
     went = []
     for rows, learned in batches(drifted=True):
         assert learned is not None
-        for row, first in zip(rows, learned, strict=True):
+        for row, counts in zip(rows, learned.tolist(), strict=True):
+            first = 10 - counts[:5:-1].index(0) if 0 in counts[6:] else 6
             assert 6 <= first <= 9
+            assert counts == 5 * [0] + [1] + (first - 6) * [0] + (10 - first) * [1]
             assert row[:6] == [*source, 8], "the source and the first frame are as they are"
             assert row[first:] == target[first - 5 :], "as is what is learned"
             assert row[6:first] == sorted(row[6:first])

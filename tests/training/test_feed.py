@@ -65,7 +65,7 @@ def test_antithetic_rows_are_the_same_clips_with_the_opposite_noise() -> None:
 
 def test_frames_that_count_belong_to_their_rows() -> None:
     def some(step: int) -> Batch:
-        return Batch(tiny["latents"](step, 5), [str(row) for row in range(5)], [0, 1, 1, 0, 1])
+        return Batch(tiny["latents"](step, 5), [str(row) for row in range(5)], torch.tensor([[1.0, 1], [0, 1], [0, 1], [1, 1], [0, 1]]))
 
     for rank in range(2):
         (rows,) = feed(rank, 2, source=some, stages=ANTITHETIC)(1)

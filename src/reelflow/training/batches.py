@@ -49,8 +49,8 @@ class Batch(NamedTuple):
 
     latents: Tensor | Rows
     prompts: list[str]
-    learned_from: list[int] | None = None
-    """The first latent frame of every row that counts; None: all frames count."""
+    learned_BF: Tensor | None = None
+    """1 for the latent frames that count, 0 for the others; None: all of them count."""
 
     @property
     def size(self) -> int:
@@ -73,13 +73,16 @@ class Plan(NamedTuple):
     def drifted(self) -> bool:
         return isinstance(self.bucket, Bucket) and self.bucket.drifted
 
-    def learned_from(self, row: int) -> int:
-        """The first latent frame of a row that is learned: of drifted edits one of the target's, but never its first, else 0."""
-        frames = self.bucket.frames
-        return frames + 1 + int(self.starts[row] * (frames - 1)) if self.drifted else 0
+    def astray(self, row: int) -> range:
+        """Frames of a drifted edit's target that are not where they should be: from the second one up to one that is drawn."""
+        return range(1, 1 + int(self.starts[row] * (self.bucket.frames - 1)))
 
     def batch(self, latents: Rows) -> Batch:
-        return Batch(latents, self.prompts, [self.learned_from(row) for row in range(len(self.draws))] if self.drifted else None)
+        if not self.drifted:
+            return Batch(latents, self.prompts)
+        target = range(self.bucket.frames)
+        learned = [[0.0 for _ in target] + [float(frame not in self.astray(row)) for frame in target] for row in range(len(self.draws))]
+        return Batch(latents, self.prompts, torch.tensor(learned))
 
 
 def wrapped(config: TrainConfig, text: str, task: str, aspect: str) -> str:
@@ -199,9 +202,9 @@ def finish(config: TrainConfig, plan: Plan, row: int, mean: Tensor, std: Tensor 
     latents = mean.clone()
     latents[:, 0 if scaled_first else 1 :] *= config.about.latent_scale
     if plan.drifted:
-        frames, pace = plan.bucket.frames, np.exp(np.random.default_rng((config.seed, plan.step, row, 2)).uniform(-1.0, 0.6))
-        astray = np.arange(1, plan.learned_from(row) - frames)
-        latents[1, astray] = latents[1, np.rint(astray * pace).clip(1, frames - 1).astype(int)]
+        pace = np.exp(np.random.default_rng((config.seed, plan.step, row, 2)).uniform(-1.0, 0.6))
+        astray = np.array(plan.astray(row), int)
+        latents[1, astray] = latents[1, np.rint(astray * pace).clip(1, plan.bucket.frames - 1).astype(int)]
     return latents.flatten(0, 1)
 
 

@@ -45,7 +45,7 @@ class Bucket(AnyBucket):
     prompt prefixed `(extend) `. edit: source then target clip, prompt prefixed `(v2v) `."""
     drifted: bool = False
     """Of edits, what leads back to the source: the target's frames up to one that is drawn are those of a motion too fast or too slow,
-    as a sampler has them that went astray, and only the frames from there on are learned. Goes with `denoiser: false`."""
+    as a sampler has them that went astray, and only its first frame and those from there on are learned. Goes with `denoiser: false`."""
 
 
 class Stage(AnyStage):

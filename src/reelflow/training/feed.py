@@ -122,10 +122,7 @@ class FlowFeed(Feed[Rows]):
         if self.config.stage(step).antithetic:
             x, without_noise = torch.cat((x, 2 * without_noise - x)), torch.cat((without_noise, without_noise))
             prompts, levels = 2 * prompts, 2 * levels
-        learned_BF = None
-        if batch.learned_from is not None:
-            first = torch.tensor([batch.learned_from[row] for row in rows]).repeat(len(x) // len(rows))
-            learned_BF = (torch.arange(x.shape[1]) >= first[:, None]).float()
+        learned_BF = None if batch.learned_BF is None else batch.learned_BF[list(rows)].repeat(len(x) // len(rows), 1)
         if self.pin:
             x, without_noise = x.pin_memory(), without_noise.pin_memory()
         return Rows(x, without_noise, prompts, torch.tensor(levels), len(rows) / batch.size, learned_BF)
