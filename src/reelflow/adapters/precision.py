@@ -131,8 +131,10 @@ def _quantise(linear: nn.Module, precision: str, device: torch.device) -> None:
     if precision == "fp8":  # what Float8DynamicActivationFloat8WeightConfig does, which refuses CPUs although they can
         from torchao.float8.inference import Float8MMConfig  # type: ignore[import-untyped]
 
-        rows: dict[str, Any] = {"granularity": PerRow(), "mm_config": Float8MMConfig(use_fast_accum=True)}
-        weight = Float8Tensor.from_hp(linear.weight, **rows, act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=PerRow()))
+        rows: dict[str, Any] = {"granularity": PerRow(), "hp_value_lb": 1e-12}  # a row of zeros needs a scale, too
+        weight = Float8Tensor.from_hp(
+            linear.weight, **rows, mm_config=Float8MMConfig(use_fast_accum=True), act_quant_kwargs=QuantizeTensorToFloat8Kwargs(**rows)
+        )  # fmt: skip
         linear.weight = nn.Parameter(weight, requires_grad=False)
     elif precision == "int8":
         quantize_(linear, Int8WeightOnlyConfig(set_inductor_config=False))
