@@ -54,11 +54,13 @@ def looking_back(layer: dict[str, Tensor], config: FlowConfig, frames: Sequence[
     """A layer whose queries and keys say nothing but where they stand: its heads look in turn at the next token of the frame, and
     at the place below, as they were `frames` latent frames before. Inputs are one token late, so that the next one is this one.
 
-    A turned pair of channels q = a and k = a · exp(−i ω Δ) has its highest score where the key stands Δ from the query.
+    A turned pair of channels q = a and k = a · exp(−i ω Δ) has its highest score where the key stands Δ from the query. Pairs that turn
+    too slowly for that have queries of zero but keep their keys: were both zero, neither would ever learn.
     """
     heads, dim = config.deep_width // config.head_dim, config.head_dim
     weight, bias = layer["attention.qkv.weight"].clone(), layer["attention.qkv.bias"].clone()
-    weight[: 2 * heads * dim], bias[: 2 * heads * dim] = 0, 0
+    weight[: heads * dim], bias[: heads * dim] = 0, 0
+    key_weights = weight[heads * dim : 2 * heads * dim].view(heads, dim, -1)
     assert config.learned_places is not None
     unit = config.position_span / math.isqrt(config.learned_places)
     for head in range(heads):
@@ -68,7 +70,9 @@ def looking_back(layer: dict[str, Tensor], config: FlowConfig, frames: Sequence[
         quick = turn[1].angle() >= 0.1
         size = (SHARPNESS * dim**0.5) ** 0.5 * quick
         query, key = bias[: 2 * heads * dim].view(2, heads, dim)[:, head]
-        query[:], key[:] = (torch.view_as_real(size * pair).flatten() for pair in (torch.ones_like(turn[0]), turn[0].conj()))
+        query[:], wanted = (torch.view_as_real(size * pair).flatten() for pair in (torch.ones_like(turn[0]), turn[0].conj()))
+        set_here = quick.repeat_interleave(2)
+        key[set_here], key_weights[head, set_here] = wanted[set_here], 0
     return layer | {"attention.qkv.weight": weight, "attention.qkv.bias": bias}
 
 

@@ -67,6 +67,16 @@ def test_new_layers_look_back_at_the_place_that_is_predicted() -> None:
             assert own[place].max() > 0.8
 
 
+def test_all_that_looks_back_can_learn() -> None:
+    """Where a pair of channels is zero in queries and keys, the score has no slope in either."""
+    config = FlowConfig(channels=4, width=64, deep_width=128, layers=(1, 1), window=6, position_span=4, learned_places=16)
+    layer = deepen.deepen(StarFlow(config).state_dict(), config, [0], [3])
+    weight, bias = (layer[f"deep_block.layers.1.attention.qkv.{name}"][:256] for name in ("weight", "bias"))
+    queries, keys = torch.cat((weight, bias[:, None]), 1).unflatten(0, (2, 64, 2)).abs().sum((-1, -2))
+    assert bool(((queries > 0) | (keys > 0)).all())
+    assert bool(((queries == 0) & (keys > 0)).any())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
