@@ -68,11 +68,11 @@ def looking_back(layer: dict[str, Tensor], config: FlowConfig, frames: Sequence[
         back = frames[head * len(frames) // heads]
         turn = rotary(torch.tensor([[down, right, -float(back)], [1.0, 1.0, 1.0]]), dim, third_axis=True).turn
         quick = turn[1].angle() >= 0.1
-        size = (SHARPNESS * dim**0.5) ** 0.5 * quick
+        channels, size = quick.repeat_interleave(2), (SHARPNESS * dim**0.5) ** 0.5
         query, key = bias[: 2 * heads * dim].view(2, heads, dim)[:, head]
-        query[:], wanted = (torch.view_as_real(size * pair).flatten() for pair in (torch.ones_like(turn[0]), turn[0].conj()))
-        set_here = quick.repeat_interleave(2)
-        key[set_here], key_weights[head, set_here] = wanted[set_here], 0
+        ahead = turn[0][quick]
+        query[channels], key[channels] = (torch.view_as_real(size * pair).flatten() for pair in (torch.ones_like(ahead), ahead.conj()))
+        key_weights[head, channels] = 0
     return layer | {"attention.qkv.weight": weight, "attention.qkv.bias": bias}
 
 

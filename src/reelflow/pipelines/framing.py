@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from reelflow.adapters.vae import Codec
 from reelflow.clip import Clip
 from reelflow.config import ModelConfig
@@ -59,5 +61,6 @@ class Framing:
 
     def whole(self, clip: Clip) -> Clip:
         """A video to edit, as the model reads it: of the trained length, the last frame repeated, where it has learned no other."""
-        missing = self.about.frames - len(clip)
-        return replace(clip, frames=clip.frames[[*range(len(clip)), *[-1] * missing]]) if self.about.whole_edits else clip
+        if not self.about.whole_edits:
+            return clip
+        return replace(clip, frames=clip.frames[np.arange(self.about.frames).clip(max=len(clip) - 1)])
