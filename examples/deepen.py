@@ -10,6 +10,10 @@ columns and their sines, small (0.15 of root mean square), which does change the
 
 `--back`: the new layers begin with their eyes on the same place of the frame so many latent frames before, which for an edit of 9 latent
 frames is that of the source: half of their heads for 9, half for 5 here. Where to look is learned on from there.
+
+    python examples/deepen.py mini runs/denoiser --denoiser 2
+
+`--denoiser`: so many layers more behind those of the denoiser, copies of its first ones, whose outputs are zero likewise.
 """
 
 from __future__ import annotations
@@ -44,9 +48,24 @@ def deepen(weights: dict[str, Tensor], config: FlowConfig, after: Sequence[int],
         prefix = f"deep_block.layers.{index}."
         layer = {name.removeprefix(prefix): value.clone() for name, value in weights.items() if name.startswith(prefix)}
         if new:
-            layer |= {part: torch.zeros_like(value) for part, value in layer.items() if part.startswith(OUTPUTS)}
+            layer |= silent(layer)
             layer = looking_back(layer, config, back) if back else layer
         found |= {f"deep_block.layers.{place}.{part}": value for part, value in layer.items()}
+    return found
+
+
+def silent(layer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a layer adds to what it reads, as zeros."""
+    return {part: torch.zeros_like(value) for part, value in layer.items() if part.startswith(OUTPUTS)}
+
+
+def deepen_denoiser(weights: dict[str, Tensor], layers: int, new: int) -> dict[str, Tensor]:
+    """Weights with so many new layers behind the `layers` of the denoiser."""
+    found = dict(weights)
+    for index in range(layers, layers + new):  # copies of one and the same layer would learn the same
+        prefix = f"denoiser.layers.{index % layers}."
+        layer = {name.removeprefix(prefix): value.clone() for name, value in weights.items() if name.startswith(prefix)}
+        found |= {f"denoiser.layers.{index}.{part}": value for part, value in (layer | silent(layer)).items()}
     return found
 
 
@@ -90,9 +109,13 @@ def coordinates(places: int, width: int, size: float) -> Tensor:
     return size * mixed / mixed.square().mean().sqrt()
 
 
-def deeper(folder: Path, after: Sequence[int], back: Sequence[int], places: int | None) -> tuple[dict[str, Tensor], FlowConfig]:
+def deeper(
+    folder: Path, after: Sequence[int], back: Sequence[int], places: int | None, denoiser: int = 0
+) -> tuple[dict[str, Tensor], FlowConfig]:
     """Weights and configuration of the flow in `folder`, changed. ValueError for layers or places that it cannot have."""
     config = FlowConfig.read(folder / "config.json")
+    if denoiser and config.denoiser is None:
+        raise ValueError(f"--denoiser {denoiser}: this model has no denoiser to deepen")
     embedded = {f"shallow_blocks.{index}": (config.width, 0.0) for index in range(len(config.layers) - 1)}
     embedded["deep_block"] = (config.deep_width, 0.15)
     config = config.model_copy(update={"learned_places": places or config.learned_places})
@@ -103,8 +126,11 @@ def deeper(folder: Path, after: Sequence[int], back: Sequence[int], places: int 
     weights = deepen(dict(read_weights(folder)), config, after, back)
     if places:
         weights |= {f"{block}.pos_embed": coordinates(places, width, size) for block, (width, size) in embedded.items()}
-    layers = (*config.layers[:-1], config.layers[-1] + len(set(after)))
-    return weights, config.model_copy(update={"layers": layers})
+    changed: dict[str, object] = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(after)))}
+    if config.denoiser and denoiser:
+        weights = deepen_denoiser(weights, config.denoiser.layers, denoiser)
+        changed["denoiser"] = config.denoiser.model_copy(update={"layers": config.denoiser.layers + denoiser})
+    return weights, config.model_copy(update=changed)
 
 
 def main() -> None:
@@ -114,10 +140,11 @@ def main() -> None:
     parser.add_argument("--after", type=int, nargs="*", default=[], help="layers of the deep block, from 0, that get a new one behind them")
     parser.add_argument("--back", type=int, nargs="*", default=[], help="latent frames before, where new layers look at first")
     parser.add_argument("--places", type=int, help="tokens of a latent frame")
+    parser.add_argument("--denoiser", type=int, choices=range(1, 65), metavar="LAYERS", default=0, help="layers more in the denoiser")
     options = parser.parse_args()
     try:
         source = resolve(options.model)
-        weights, config = deeper(source / "transformer", options.after, options.back, options.places)
+        weights, config = deeper(source / "transformer", options.after, options.back, options.places, options.denoiser)
         with new_folder(options.target) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "README.md", "train*.jsonl"))
             save_weights(weights, folder / "transformer")

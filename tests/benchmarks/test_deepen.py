@@ -41,6 +41,19 @@ def test_new_layers_change_nothing_before_they_learn(tiny_model: Path, tmp_path:
 
 
 @torch.no_grad()
+def test_a_deeper_denoiser_says_what_the_one_it_comes_from_says(tiny_model: Path, tmp_path: Path) -> None:
+    before, after = reelflow.load(str(tiny_model), "cpu", precision="float32"), made(tiny_model, tmp_path / "deeper", "--denoiser", "3")
+    assert isinstance(before, StarFlowPipeline)
+    old, new = before.flow.denoiser, after.flow.denoiser
+    assert old is not None
+    assert new is not None
+    assert len(new.layers) == len(old.layers) + 3
+    given = inputs(before)
+    torch.testing.assert_close(after.flow.score(*given), before.flow.score(*given))
+    assert new.layers[-1].attention.qkv.weight.any()
+
+
+@torch.no_grad()
 def test_places_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
     pipe = made(tiny_model, tmp_path / "placed", "--places", "4")
     embedding = pipe.flow.deep_block.pos_embed
