@@ -6,6 +6,7 @@ Every log has a panel and a scale of its own: bits at another data noise are ano
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,10 +16,15 @@ from matplotlib.figure import Figure
 WINDOW = 15
 """Log steps of the running mean."""
 
+COLUMNS = 4
+"""Panels beside one another, at most."""
+
 
 def main(target: str, *logs: str) -> None:
-    figure = Figure((8, 3.5), dpi=100, layout="constrained")
-    for axes, log in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs, strict=True):
+    rows, columns = math.ceil(len(logs) / COLUMNS), min(len(logs), COLUMNS)
+    figure = Figure((8, 0.5 + 2.5 * rows), dpi=100, layout="constrained")
+    for index, log in enumerate(logs):
+        axes = figure.add_subplot(rows, columns, index + 1)
         lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
         what = "bits_per_dim" if "bits_per_dim" in lines[0] else "loss"
         steps, values = (np.array([line[name] for line in lines]) for name in ("step", what))
@@ -29,7 +35,8 @@ def main(target: str, *logs: str) -> None:
         axes.set_title(Path(log).name, fontsize="medium")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(what.replace("_", " "))
+        if index % columns == 0:
+            axes.set_ylabel(what.replace("_", " "))
     figure.savefig(target)
 
 
