@@ -53,6 +53,13 @@ def test_a_deeper_denoiser_says_what_the_one_it_comes_from_says(tiny_model: Path
     assert new.layers[-1].attention.qkv.weight.any()
 
 
+def test_what_has_no_denoiser_gets_no_layers_in_it(tiny_model: Path, tmp_path: Path) -> None:
+    config = FlowConfig.read(tiny_model / "transformer" / "config.json")
+    config.model_copy(update={"denoiser": None}).write(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="--denoiser 2: this model has no denoiser to deepen"):
+        deepen.deeper(tmp_path, [], [], None, 2)
+
+
 @torch.no_grad()
 def test_places_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
     pipe = made(tiny_model, tmp_path / "placed", "--places", "4")
