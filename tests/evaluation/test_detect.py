@@ -8,8 +8,9 @@ import torch
 
 from reelflow.data.toybox import MOTIONS, Scene, Thing, canonical, render, sample_scene, scene_from_prompt, simulate
 from reelflow.evaluation import motion
-from reelflow.evaluation.detect import degrade, detect, matches, validate, validate_motions
+from reelflow.evaluation.detect import detect, matches
 from reelflow.evaluation.motion import motion_of
+from reelflow.evaluation.validate import degrade, validate, validate_motions
 
 
 def test_one_thing_is_read_from_true_renders():

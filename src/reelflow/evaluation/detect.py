@@ -1,16 +1,13 @@
 """Reads a toybox clip back: which things of which colour, shape, size and motion are seen, on which background.
 
 A judge of generated clips that needs no learned model. It expects what a lossy codec and a small model do to a picture:
-soft edges, colours off by up to 25, noise. `python -m reelflow.evaluation.detect` measures it on true renders, clean and
-degraded, and of true courses drawn unevenly, and prints both tables.
+soft edges, colours off by up to 25, noise. `reelflow.evaluation.validate` measures how well it reads true renders.
 
 Legend: F frames, H height, W width, P patch side, K things. Lengths are in pixels of a 128 x 128 frame unless said otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reelflow.data.render import coverage, render, simulate
-from reelflow.data.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, WALL_COLOUR, Scene, sample_scene
-from reelflow.evaluation.motion import motion_of, uneven
+from reelflow.data.render import coverage
+from reelflow.data.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, WALL_COLOUR, Scene
+from reelflow.evaluation.motion import motion_of
 
 FRAME = 128
 REACH = 26  # half of the window that holds any thing
@@ -260,57 +257,3 @@ def gaussian_blur(frames: Tensor, sigma: float) -> Tensor:
         repeated = frames.index_select(axis, torch.arange(-reach, side + reach).clamp(0, side - 1))
         frames = sum(weight * repeated.narrow(axis, shift, side) for shift, weight in enumerate(weights.tolist()))
     return frames
-
-
-def degrade(frames: Tensor, seed: int, blur: float = 1.0, noise: float = 8.0, shift: float = 25.0) -> Tensor:
-    """A clip as a lossy codec might return it, uint8 (F, H, W, 3): blurred, every colour channel off by up to `shift`, noisy."""
-    rng = torch.Generator().manual_seed(seed)
-    soft = gaussian_blur(frames.to(torch.float32), blur)
-    soft += shift * (2 * torch.rand(3, generator=rng) - 1)
-    return (soft + noise * torch.randn(soft.shape, generator=rng)).round().clamp(0, 255).to(torch.uint8)
-
-
-def validate(clips: int, things: int, degraded: bool, size: int = 128) -> dict[str, float]:
-    """Shares of true renders that are read correctly, by attribute; "all" includes the size. No walls with two things."""
-    scenes = (sample_scene(1, index, split="any", things=things) for index in range(100 * clips))
-    chosen = [scene for _, scene in zip(range(clips), (scene for scene in scenes if things == 1 or scene.wall is None), strict=False)]
-    results = []
-    for number, scene in enumerate(chosen):
-        frames = render([scene], size=size)[0]
-        results.append(matches(detect(degrade(frames, number) if degraded else frames, things), scene, size=True))
-    return {key: sum(result[key] for result in results) / len(results) for key in results[0]}
-
-
-def validate_motions(courses: int, off: float) -> dict[str, float]:
-    """Shares of true courses, `off` pixels uneven (see `motion.uneven`), whose motion is named right, by motion."""
-    shares = {}
-    for motion in MOTIONS:
-        rng = np.random.default_rng(0)
-        scenes = (sample_scene(2, index, split="any", things=1, motions=[motion]) for index in range(courses))
-        names = [motion_of(uneven(path, off, rng), np.ones(len(path), bool)) for path in (simulate(scene)[:, 0] for scene in scenes)]
-        shares[motion] = names.count(motion) / courses
-    return shares
-
-
-def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description="Share of toybox renders that the detector reads correctly.")
-    parser.add_argument("--clips", type=int, default=512, help="clips per row, from 1 (default: 512)")
-    parser.add_argument("--size", type=int, default=128, help="side of the frames in pixels, from 32 (default: 128)")
-    options = parser.parse_args()
-    head = ("colour", "shape", "size", "motion", "background", "all")
-    sys.stdout.write(f"{'':28}" + "".join(f"{key:>12}" for key in head) + "\n")
-    for things, degraded in ((1, False), (2, False), (1, True), (2, True)):
-        shares = validate(options.clips, things, degraded, options.size)
-        name = f"{'one thing' if things == 1 else 'two things'}, {'degraded' if degraded else 'clean'}"
-        sys.stdout.write(f"{name:28}" + "".join(f"{100 * shares[key]:11.1f}%" for key in head) + "\n")
-        sys.stdout.flush()
-    sys.stdout.write(f"\n{'motion':28}" + "".join(f"{motion:>13}" for motion in MOTIONS) + "\n")
-    for off in (0, 1, 2, 3):
-        shares = validate_motions(options.clips, off)
-        sys.stdout.write(f"{f'one course, {off} px off':28}" + "".join(f"{100 * shares[motion]:12.1f}%" for motion in MOTIONS) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -46,13 +46,6 @@ def motion_of(track: np.ndarray, present: np.ndarray) -> str:
     return max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], speed)))
 
 
-def uneven(path: np.ndarray, off: float, rng: np.random.Generator, every: int = 4) -> np.ndarray:
-    """A path (F, 2) drawn by an unsteady hand: every `every` frames off by `off` pixels (sd) in x and y, evenly between."""
-    time = np.arange(len(path))
-    knots = np.arange(0, len(path) + every, every)
-    return path + np.stack([np.interp(time, knots, rng.normal(0, off, len(knots))) for _ in range(2)], -1)
-
-
 def _solve(design: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least squares for a stack of designs (G, n, k) and targets (n, m): coefficients (G, k, m), sums of squares (G,)."""
     transposed = design.swapaxes(-1, -2)
