@@ -311,6 +311,22 @@ def test_fine_tuning_begins_with_all_of_a_model(folder: Path, whole: Path, tmp_p
     assert len(made.animate(render([sample_scene(1, 2)], 1, 64)[0, 0].numpy(), seed=0, sampling=Diffusion(steps=1))) == 4
 
 
+def test_sampling_begins_at_the_level_asked_for(folder: Path, whole: Path, tmp_path: Path) -> None:
+    from reelflow.training.svd.export import scheduler
+
+    assert scheduler(settings(folder)).config.sigma_max == 700
+    changes = {"sigma_max": 80.0, "stages": [{"steps": 1, "buckets": [{"frames": 2, "batch": 1}]}]}
+    trainer = make(settings(folder, **changes), tmp_path / "run")
+    trainer.run()
+    made = write_result(trainer)
+    assert reelflow.load(made, "cpu").scheduler.config.sigma_max == 80
+    goes_on = {"init": str(made), "latents": str(folder), "unet": {}, "image_encoder": {}}
+    assert scheduler(SvdConfig.parse(small["SETTINGS"] | goes_on)).config.sigma_max == 80
+    assert scheduler(SvdConfig.parse(small["SETTINGS"] | goes_on | {"sigma_max": 50})).config.sigma_max == 50
+    with pytest.raises(ValueError, match="sigma_max"):
+        settings(folder, sigma_max=0)
+
+
 def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp_path: Path) -> None:
     """The file, loaded into the model it was trained on, changes the frames as the weights it stands for do."""
     changes = {"init": str(whole), "lora": {"rank": 2, "alpha": 8.0}, "about": {"name": "moves"}, "lr": 1e-2}

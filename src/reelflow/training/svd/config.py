@@ -52,6 +52,8 @@ class SvdConfig(RunConfig):
     p_mean: float = 1.0
     p_std: float = Field(1.6, gt=0)
     """Of ln σ, the noise level of the clip."""
+    sigma_max: float | None = Field(None, gt=0.002)
+    """The σ that sampling begins at; None: as in init, 700 in a new model. Few clips are noised above exp(p_mean + 2 p_std) in training."""
     noise_mean: float = -3.0
     noise_std: float = Field(0.5, gt=0)
     """Of the logarithm of the noise level of the picture."""

@@ -52,15 +52,19 @@ def averaged_unet(trainer: Trainer[SvdObjective]) -> Any:
 
 def averaged_parts(trainer: Trainer[SvdObjective]) -> Parts:
     """The model of the averaged weights as they stand, on the run's device; the trainer goes on untouched."""
-    from diffusers import EulerDiscreteScheduler
-
     config, device = trainer.objective.config, trainer.device
     vae, tower = open_vae(config, device), open_image_encoder(config, device)
     unet = averaged_unet(trainer).to(device)
-    if not config.init:
-        return Parts(config.about, unet, vae, tower, EulerDiscreteScheduler(**SCHEDULER))
-    source = resolve(config.init)
-    return Parts(config.about, unet, vae, tower, open_scheduler(source), *clip_norm(source))
+    norm = clip_norm(resolve(config.init)) if config.init else ()
+    return Parts(config.about, unet, vae, tower, scheduler(config), *norm)
+
+
+def scheduler(config: SvdConfig) -> Any:
+    """diffusers' scheduler that the model is sampled with: of the model it starts from, or the released ones', up to `sigma_max`."""
+    from diffusers import EulerDiscreteScheduler
+
+    steps = dict(open_scheduler(resolve(config.init)).config) if config.init else SCHEDULER
+    return EulerDiscreteScheduler.from_config(steps if config.sigma_max is None else steps | {"sigma_max": config.sigma_max})
 
 
 def export(trainer: Trainer[SvdObjective], target: Path) -> Path:
@@ -72,8 +76,9 @@ def export(trainer: Trainer[SvdObjective], target: Path) -> Path:
         shutil.rmtree(target)
     with new_folder(target) as folder, no_progress_bar():
         averaged_unet(trainer).half().save_pretrained(str(folder / "unet"))
+        scheduler(config).save_pretrained(str(folder / "scheduler"))
         if config.init:
-            copy_parts(resolve(config.init), folder, ("scheduler", "feature_extractor", TOWER))
+            copy_parts(resolve(config.init), folder, ("feature_extractor", TOWER))
             shutil.copytree(config.vae, folder / "vae")
         else:
             write_parts(config, folder)
@@ -92,11 +97,8 @@ def copy_parts(source: Path, folder: Path, parts: tuple[str, ...]) -> None:
 
 def write_parts(config: SvdConfig, folder: Path) -> None:
     """What is not trained here, of a new model."""
-    from diffusers import EulerDiscreteScheduler
-
     for part, module in (("vae", open_vae(config)), (TOWER, open_image_encoder(config))):
         module.half().save_pretrained(str(folder / part))
-    EulerDiscreteScheduler(**SCHEDULER).save_pretrained(str(folder / "scheduler"))
     normal = {
         "image_processor_type": "CLIPImageProcessor", "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"shortest_edge": 224},
         "crop_size": {"height": 224, "width": 224}, "do_resize": True, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
