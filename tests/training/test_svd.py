@@ -311,7 +311,7 @@ def test_fine_tuning_begins_with_all_of_a_model(folder: Path, whole: Path, tmp_p
     assert len(made.animate(render([sample_scene(1, 2)], 1, 64)[0, 0].numpy(), seed=0, sampling=Diffusion(steps=1))) == 4
 
 
-def test_sampling_begins_at_the_level_asked_for(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_sampling_begins_at_the_level_asked_for(folder: Path, tmp_path: Path) -> None:
     from reelflow.training.svd.export import scheduler
 
     assert scheduler(settings(folder)).config.sigma_max == 700
