@@ -325,6 +325,8 @@ def test_sampling_begins_at_the_level_asked_for(folder: Path, tmp_path: Path) ->
     assert scheduler(SvdConfig.parse(small["SETTINGS"] | goes_on | {"sigma_max": 50})).config.sigma_max == 50
     with pytest.raises(ValueError, match="sigma_max"):
         settings(folder, sigma_max=0)
+    with pytest.raises(ValueError, match="sigma_max = 80: adapters are sampled as the model that they are added to"):
+        SvdConfig.parse(small["SETTINGS"] | goes_on | {"sigma_max": 80, "lora": {"rank": 2}})
 
 
 def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m reelflow.evaluation.validate [--clips 512] [--size 128]
 
-Legend: F frames, H height, W width, C colours. Lengths are in pixels of a 128 x 128 frame unless said otherwise.
+Legend: F frames, H height, W width. Lengths are in pixels of a 128 x 128 frame unless said otherwise.
 """
 
 from __future__ import annotations

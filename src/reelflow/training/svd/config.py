@@ -52,7 +52,7 @@ class SvdConfig(RunConfig):
     p_mean: float = 1.0
     p_std: float = Field(1.6, gt=0)
     """Of ln σ, the noise level of the clip."""
-    sigma_max: float | None = Field(None, gt=0.002)
+    sigma_max: float | None = Field(None, gt=0.002, allow_inf_nan=False)
     """The σ that sampling begins at; None: as in init, 700 in a new model. Few clips are noised above exp(p_mean + 2 p_std) in training."""
     noise_mean: float = -3.0
     noise_std: float = Field(0.5, gt=0)
@@ -74,6 +74,8 @@ class SvdConfig(RunConfig):
             yield "which UNet? give its settings under unet, or a model to start from with init"
         if self.init and (self.unet or self.image_encoder):
             yield "unet and image_encoder are for a new model; init brings its own"
+        if self.lora and self.sigma_max is not None:
+            yield f"sigma_max = {self.sigma_max:g}: adapters are sampled as the model that they are added to; leave it out"
         if not SPEEDS[0] <= self.rates[0] <= self.rates[1] <= SPEEDS[1]:
             yield f"rates = {list(self.rates)}: give two of {SPEEDS[0]:g} … {SPEEDS[1]:g} frames per second, the lower one first"
         if self.sample_every and not self.sample_pictures:
