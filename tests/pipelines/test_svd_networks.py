@@ -70,6 +70,30 @@ def test_enlargement_by_phases_is_exact_to_the_borders(size: tuple[int, int]) ->
     assert wanted.shape == (2, 12, 2 * size[0], 2 * size[1])
 
 
+@pytest.mark.parametrize("rows", [4, 7, 8, 13])
+@pytest.mark.parametrize("piece", [1, 3 * 4 * 10 * 32 * 9, 2**40], ids=["four rows", "some rows", "whole"])
+def test_convolution_by_half_the_products(rows: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the borders, for any number of rows, and about as exact as the usual sum."""
+    monkeypatch.setattr(blocks.winograd, "pays", lambda x, weight: True)
+    monkeypatch.setattr(blocks, "CPU_PIECE", piece)
+    conv = nn.Conv2d(32, 40, 3, padding=1)
+    x, bias = noise(5, 32, rows, 9).float(), torch.randn(40)
+    asked = F.conv2d(x.double(), conv.weight.double(), bias.double(), padding=1)
+    got = Convolution(conv)(x, bias)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert (got - asked).abs().max() < 2e-5 < asked.std()
+    stride = nn.Conv2d(32, 40, 3, 2, padding=1)
+    torch.testing.assert_close(Convolution(stride)(x), stride(x))
+
+
+def test_convolution_by_half_the_products_only_where_it_is_quicker() -> None:
+    x, weight = torch.empty(1, 64, 128, 256), torch.empty(64, 64, 3, 3)
+    assert blocks.winograd.pays(x, weight)
+    for other in (x.bfloat16(), x.double(), x.to("meta"), x[..., :8], x[:, :, :5]):
+        assert not blocks.winograd.pays(other, weight)
+    assert not blocks.winograd.pays(x, weight[:4])
+
+
 def test_convolution_over_time_is_one_in_two_dimensions() -> None:
     source = nn.Conv3d(8, 12, (3, 1, 1), padding=(1, 0, 0)).double()
     x = noise(2, 8, 5, 4, 3)

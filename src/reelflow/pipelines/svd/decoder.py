@@ -9,7 +9,8 @@ Shapes: B clips, F frames, h × w latent places, H × W pixels, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,37 +89,41 @@ class Decoder(nn.Module):
         for stage in self.spatial:
             work.append(work[-1] * (4 if isinstance(stage[0], Upsample) else 1))
         for index, stage in enumerate(self.spatial):
-            x = by_frames(x, lambda piece, stage=stage: _run(stage, piece))  # type: ignore[misc]
+            x = by_frames(x, partial(_run, stage), growth=4 if isinstance(stage[0], Upsample) else 1)
             stage[-1].temporal_(x, frames)
             progress(sum(work[1 : index + 2]) / sum(work[1:]))
-        x = by_frames(x, lambda piece: self.conv_out(F.silu(group_norm(piece, self.norm_out), inplace=True)))
+        x = by_frames(x, lambda piece, out: self.conv_out(F.silu(group_norm(piece, self.norm_out), inplace=True)))
         if self.time_conv_out is not None:
             x = self.time_conv_out(x.permute(1, 0, 2, 3).flatten(2)[None])[0].unflatten(2, x.shape[2:]).permute(1, 0, 2, 3)
         return x.float()
 
 
-def _run(stage: Any, x_NCHW: Tensor) -> Tensor:
-    for module in stage:
-        x_NCHW = module.spatial(x_NCHW) if isinstance(module, Residual) else module(x_NCHW)
-    return x_NCHW
+def _run(stage: Any, x_NCHW: Tensor, out: Tensor | None) -> Tensor:
+    *before, residual = stage
+    for module in before:
+        x_NCHW = module(x_NCHW)
+    return residual.spatial(x_NCHW, out=out)
 
 
-def by_frames(x_NCHW: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function of single frames to a few at a time; thriftily in the place of `x`, where the result fits there."""
+def by_frames(x_NCHW: Tensor, function: Callable[[Tensor, Tensor | None], Tensor], growth: int = 1) -> Tensor:
+    """Apply a function of single frames to a few at a time; thriftily in the place of `x`, where the result fits there.
 
-    def results() -> Iterator[Tensor]:
-        for piece in x_NCHW.split(step_of(x_NCHW, 4 * x_NCHW[0].numel())):
-            yield function(piece)
-
+    Args:
+        function: of frames and, once it is known, of the place for what it makes of them, which it may use.
+        growth: how many times as large the function's largest tensor is.
+    """
     whole, start = None, 0
-    for part in results():
+    for piece in x_NCHW.split(step_of(x_NCHW, growth * x_NCHW[0].numel())):
+        place = None if whole is None else whole[start : start + len(piece)]
+        part = function(piece, place)
         if len(part) == len(x_NCHW):
             return part
         if whole is None and care().again and part.shape[1:] == x_NCHW.shape[1:]:
             whole = x_NCHW
         elif whole is None:
             whole = part.new_empty(len(x_NCHW), *part.shape[2:], part.shape[1]).permute(0, 3, 1, 2)
-        whole[start : start + len(part)] = part
+        if part is not place:
+            whole[start : start + len(part)] = part
         start += len(part)
     assert whole is not None
     return whole
