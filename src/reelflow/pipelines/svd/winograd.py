@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 4
-KERNEL = torch.tensor(
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
-)
-"""(6, 3): sums of a kernel's rows."""
+SUMS = (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1)
+"""What the six sums of a kernel's rows take of each."""
 
 
 def pays(x_NCHW: Tensor, weight_KC33: Tensor) -> bool:
@@ -43,7 +41,8 @@ def convolve(x_NCHW: Tensor, weight_KC33: Tensor, bias_K: Tensor, step: int) -> 
         step: rows to work on at a time, of one image or of several: about four times as many are held between the products.
     """
     out_NHWK = x_NCHW.new_empty(len(x_NCHW), *x_NCHW.shape[2:], len(bias_K))
-    sums_6KC13 = (KERNEL @ weight_KC33.permute(2, 0, 3, 1).flatten(1)).unflatten(1, (len(bias_K), 1, 3, -1)).permute(0, 1, 4, 2, 3)
+    sums_6KC13 = weight_KC33.new_tensor(SUMS) @ weight_KC33.permute(2, 0, 3, 1).flatten(1)
+    sums_6KC13 = sums_6KC13.unflatten(1, (len(bias_K), 1, 3, -1)).permute(0, 1, 4, 2, 3)
     for rows_NHWC, place_NHWK in _strips(x_NCHW.permute(0, 2, 3, 1), out_NHWK, max(ROWS, step - step % ROWS)):
         _strip(rows_NHWC, sums_6KC13, bias_K, place_NHWK)
     return out_NHWK.permute(0, 3, 1, 2)
