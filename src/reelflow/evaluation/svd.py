@@ -136,7 +136,7 @@ def measure(
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
     def own(steps: int) -> tuple[np.ndarray, dict[str, float]]:
-        sampling = Diffusion(steps=steps, guidance=3.0, reference="diffusers" if against else "stability")
+        sampling = Diffusion(steps=steps, fps=7, guidance=3.0, reference="diffusers" if against else "stability")  # as diffusers' defaults
         clip = ours.animate(picture, seed=0, frames=length, size=(width, height), sampling=sampling)
         return clip.frames, clip.metadata["seconds"]
 
