@@ -22,7 +22,7 @@ SUMS = (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24
 
 
 def pays(x_NCHW: Tensor, weight_KC33: Tensor) -> bool:
-    """Whether it is quicker: in float32 on a CPU, with work enough for two sums of the kernel and few rows lost to the last four."""
+    """Whether it is quicker: in float32 on a CPU, with work enough to make up for the kernel's sums, and few rows lost to the last four."""
     rows, places = x_NCHW.shape[2], x_NCHW[:, 0].numel()
     return (
         x_NCHW.device.type == "cpu"
