@@ -237,9 +237,9 @@ class Residual(nn.Module):
             for piece in x_1CFS.split(step, 3):
                 yield self.time_conv1(_activated(piece, *first), bias)
 
-        kept = None if care().again else list(inner())
-        second = _affine(inner() if kept is None else kept, self.time_norm2, eps)
-        for x, piece in zip(x_1CFS.split(step, 3), inner() if kept is None else kept, strict=True):
+        pieces = inner if care().again else list(inner()).__iter__
+        second = _affine(pieces(), self.time_norm2, eps)
+        for x, piece in zip(x_1CFS.split(step, 3), pieces(), strict=True):
             x.add_(self.time_conv2(_activated(piece, *second)))
 
 

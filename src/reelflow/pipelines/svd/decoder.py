@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -85,13 +87,12 @@ class Decoder(nn.Module):
         x = latents_F4hw.to(self.dtype).contiguous(memory_format=torch.channels_last)
         frames = len(x)
         x = self.conv_in(x if self.post_quant_conv is None else self.post_quant_conv(x))
-        work = [x.shape[2] * x.shape[3]]
-        for stage in self.spatial:
-            work.append(work[-1] * (4 if isinstance(stage[0], Upsample) else 1))
-        for index, stage in enumerate(self.spatial):
-            x = by_frames(x, partial(_run, stage), growth=4 if isinstance(stage[0], Upsample) else 1)
+        growths = [4 if isinstance(stage[0], Upsample) else 1 for stage in self.spatial]
+        work = list(accumulate(growths, mul))  # of each stage, as its places
+        for index, (stage, growth) in enumerate(zip(self.spatial, growths, strict=True)):
+            x = by_frames(x, partial(_run, stage), growth)
             stage[-1].temporal_(x, frames)
-            progress(sum(work[1 : index + 2]) / sum(work[1:]))
+            progress(sum(work[: index + 1]) / sum(work))
         x = by_frames(x, lambda piece, out: self.conv_out(F.silu(group_norm(piece, self.norm_out), inplace=True)))
         if self.time_conv_out is not None:
             x = self.time_conv_out(x.permute(1, 0, 2, 3).flatten(2)[None])[0].unflatten(2, x.shape[2:]).permute(1, 0, 2, 3)
