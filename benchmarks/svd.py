@@ -1,7 +1,7 @@
 """Stable Video Diffusion against diffusers' pipeline: same random weights, picture, seed and steps, in one process, taking turns.
 
     python benchmarks/svd.py [--steps 10] [--frames 14] [--size 256x128] [--repeats 2] [--threads 2] [--precision bfloat16]
-                             [--model FOLDER] [--json FILE]
+                             [--compile] [--model FOLDER] [--json FILE]
 
 What `reelflow bench svd --against-diffusers` does, of a random model: 61.7 M parameters in its UNet, 24.5 M in its VAE and 4.0 M in
 CLIP; its weights say nothing of quality. Seconds are wall clock; `CPU` is the processor time of all threads, which a busy machine
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--size", default="256x128", help="WIDTHxHEIGHT (default: 256x128)")
     parser.add_argument("--repeats", type=int, default=1, help="timings of each, from 1; the quickest counts (default: 1)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of both (default: float32)")
+    parser.add_argument("--compile", action="store_true", help="ours after SvdPipeline.compile: minutes before the first timing")
     parser.add_argument("--threads", type=int, help="of the processor (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     options = parser.parse_args()
@@ -71,7 +72,8 @@ def main() -> None:
     width, height = map(int, options.size.split("x"))
     dtype = getattr(torch, options.precision)
     parts = load_parts(options.model, dtype=dtype) if options.model else cast(random_parts(), dtype)
-    results = [measure(parts, options.frames, (width, height), steps, options.repeats, against=True) for steps in options.steps]
+    asked = options.frames, (width, height)
+    results = [measure(parts, *asked, steps, options.repeats, against=True, compiled=options.compile) for steps in options.steps]
     print("\n\n".join(map(table, results)))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

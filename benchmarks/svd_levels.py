@@ -43,7 +43,7 @@ def from_level(pipe: SvdPipeline, scene: Scene, level: float, seed: int) -> tupl
     given = pipe.denoiser.conditions(picture, states, ids, times, FRAMES, False, REFERENCES[sampling.reference])
     x = clean + steps[first].sigma * torch.randn(clean.shape, generator=generator)
     for index, step in enumerate(steps[first:], first):
-        v, _ = velocity(pipe.denoiser, x * step.scale, rows(given), index, None)
+        v, _ = velocity(pipe.denoiser, x * step.scale, rows(given), torch.tensor([index]), None)
         x = x * step.keep + v * step.move
     return steps[first].sigma, pipe.decoder(x)[0]
 

@@ -140,7 +140,8 @@ def test_the_unet_gives_the_originals_values(loaded: tuple[dict[str, Tensor], Pa
     latents, picture, states = torch.randn(1, FRAMES, 4, 8, 16).double(), torch.randn(1, 4, 8, 16).double(), torch.randn(1, STATES).double()
     ids, time = [6.0, 127.0, 0.02], torch.tensor([1.25])
     denoiser = Denoiser(parts.unet.double())
-    ours = denoiser(latents, denoiser.conditions(picture, states, ids, time, FRAMES, True, 1e-5), 0)[0]
+    conditions = denoiser.conditions(picture, states, ids, time, FRAMES, True, 1e-5)
+    ours = denoiser(latents, conditions, torch.zeros(1, dtype=torch.long))[0]
     shown = torch.cat((torch.zeros_like(picture), picture)).repeat_interleave(FRAMES, 0)
     context = torch.cat((torch.zeros_like(states), states)).repeat_interleave(FRAMES, 0)[:, None]
     x = torch.cat((latents[0].repeat(2, 1, 1, 1), shown), 1)

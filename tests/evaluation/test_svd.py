@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_a_folder_of_this_family_is_measured_as_such(tmp_path: Path, monkeypatch
     assert seen[0][1:4] == (3, 5, 8)
 
 
-def test_both_pipelines_are_timed_and_compared() -> None:
+def test_both_pipelines_are_timed_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = tiny["tiny_parts"]()
     parts = replace(parts, about=parts.about.model_copy(update={"fps": 12}))
     found = measure(parts, frames=3, size=(64, 64), steps=2, against=True)
@@ -123,7 +124,12 @@ def test_both_pipelines_are_timed_and_compared() -> None:
     words = table(found)
     assert "tiny-svd (unet 1." in words
     assert f"largest difference of a value: {found['difference']} of 255" in words
-    alone = measure(tiny["tiny_parts"](), frames=2, steps=1)
+    assert "ours compiled" not in words
+    compile_ = MagicMock()
+    monkeypatch.setattr(SvdPipeline, "compile", compile_)
+    alone = measure(tiny["tiny_parts"](), frames=2, steps=1, compiled=True)
+    compile_.assert_called_once_with()
+    assert "1 steps with guidance, ours compiled" in table(alone)
     assert set(alone["rows"]) == {"reelflow"}
     assert "faster" not in alone
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reelflow import Clip
 from reelflow.pipelines.base import silent
-from reelflow.pipelines.svd import Diffusion, SvdPipeline
+from reelflow.pipelines.svd import Diffusion, SvdPipeline, blocks
+from reelflow.pipelines.svd.blocks import Activation
 from reelflow.pipelines.svd.memory import activation_bytes, what_fits
 from reelflow.pipelines.svd.picture import clip_view, open_picture, pixels
 from reelflow.pipelines.svd.settings import euler
+from reelflow.sampling.replay import Replay
 
 tiny = runpy.run_path(str(Path(__file__).with_name("svd_tiny.py")))
 QUICK = Diffusion(steps=2)
@@ -116,16 +119,19 @@ def test_guidance_may_fall_over_the_frames(svd: SvdPipeline) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often the host asks for a value, which a GPU would have to be waited for."""
+    """Counts how often the host asks for a value, or hands one over as a tensor, which a GPU would have to be waited for."""
 
+    waits = tuple(getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "nonzero", "equal", "lift_fresh"))
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        self.count += function in self.waits
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_is_waited_for(svd: SvdPipeline) -> None:
+@pytest.mark.parametrize("piece", [20_000, 2**40], ids=["pieces", "whole"])
+def test_no_step_is_waited_for(piece: int, svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "CPU_PIECE", piece)
     noise, picture, states = torch.randn(1, 4, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.randn(1, tiny["STATES"])
     counts = []
     for steps in (2, 6):
@@ -134,8 +140,64 @@ def test_no_step_is_waited_for(svd: SvdPipeline) -> None:
         counts.append(reads.count)
     assert counts[0] == counts[1]
     with Reads() as reads:
-        bool(torch.ones(1) > 0)
-    assert reads.count == 1, "or this test proves nothing"
+        bool(torch.ones(1).new_tensor([2.0]) > 0)
+    assert reads.count == 2, "or this test proves nothing"
+
+
+def test_a_step_is_recorded_once_and_replayed(svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, here: steps of a key are the first of them again and again, whatever the host would do later."""
+    sigmas = [step.sigma for step in euler(svd.scheduler, 5)[1]]
+    between = (sigmas[3], sigmas[1])
+    asked = [({}, 1), ({"guidance": 1.0}, 1), ({"guided": between}, 2), ({"reuse": 2}, 0)]
+    hows = [Diffusion(steps=5, **given) for given, _ in asked]
+    wanted = [sampled(svd, noise_picture(), 1, how) for how in hows]
+    recorded = dict[Any, Any]()
+    monkeypatch.setattr(Replay, "__call__", lambda self, key, run: recorded.setdefault(key, run)())
+    assert torch.equal(sampled(svd, noise_picture(), 1, hows[0]), wanted[0])
+    assert not recorded, "only if asked to"
+    monkeypatch.setattr(svd.denoiser, "recorded", True)
+    for how, frames, (_, keys) in zip(hows, wanted, asked, strict=True):
+        recorded.clear()
+        assert torch.equal(sampled(svd, noise_picture(), 1, how), frames)
+        assert len(recorded) == keys
+
+
+@pytest.mark.gpu
+def test_compiled_and_replayed_steps_are_the_steps(device: str) -> None:
+    parts = tiny["tiny_parts"]()
+    for module in (parts.unet, parts.vae, parts.image_encoder):
+        module.to(device)
+    pipe = SvdPipeline(parts)
+    wanted = sampled(pipe, noise_picture(), 1, Diffusion(steps=5))
+    pipe.compile()
+    for _ in range(2):
+        assert (sampled(pipe, noise_picture(), 1, Diffusion(steps=5)) - wanted).abs().max() < 1e-4
+
+
+def test_compiled_regions_give_the_same_frames(parts, svd: SvdPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced whole, but not made into kernels, which takes minutes."""
+    compiled, compile_ = set[str](), nn.Module.compile
+
+    def traced(module: nn.Module, **how: Any) -> None:
+        compiled.add(type(module).__name__)
+        compile_(module, backend="aot_eager", fullgraph=True, **how)
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    pipe = SvdPipeline(parts)
+    pipe.compile()
+    assert compiled == {"Activation", "FeedForward", "SelfAttention"}
+    assert pipe.denoiser.recorded
+    made = sampled(pipe, noise_picture(), 1, QUICK)
+    assert (made - sampled(svd, noise_picture(), 1, QUICK)).abs().max() < 1e-5
+
+
+def test_a_compiled_region_gives_the_same_values() -> None:
+    """As a kernel: the one that is most of a norm's work."""
+    region, x = Activation(nn.GroupNorm(32, 64)), torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = region(x)
+        region.compile(dynamic=False)
+        assert (region(x) - wanted).abs().max() < 1e-5
 
 
 def test_one_frame(svd: SvdPipeline) -> None:

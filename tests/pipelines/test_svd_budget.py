@@ -133,6 +133,8 @@ def test_a_budget_is_said_kept_and_stored(folder: Path) -> None:
     assert memory["budget"] == 4 * 10**9
     assert memory["counted"].keys() == {"embedding", "encoding", "sampling", "decoding"}
     json.dumps(memory)
+    with pytest.raises(ValueError, match="tiny-svd: compile does not go with a memory budget"):
+        pipe.compile()
     assert pipe.plan is not None
     pipe.plan = type(pipe.plan)(pipe.plan.account, RESERVE["cpu"] + 15_000_000, "float32", CPU, Way(), pipe.plan.asked)
     with pytest.raises(ValueError, match=r"memory budget 715MB: 4 frames of 192 × 192 with guidance need .* as the model was loaded"):

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -329,7 +330,9 @@ def test_sampling_begins_at_the_level_asked_for(folder: Path, tmp_path: Path) ->
         SvdConfig.parse(small["SETTINGS"] | goes_on | {"sigma_max": 80, "lora": {"rank": 2}})
 
 
-def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_adapters_move_alone_and_give_their_model(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file, loaded into the model it was trained on, changes the frames as the weights it stands for do."""
     changes = {"init": str(whole), "lora": {"rank": 2, "alpha": 8.0}, "about": {"name": "moves"}, "lr": 1e-2}
     places = {"latents": str(tmp_path / "latents"), "data": {"toybox": {"count": 3}}, "unet": {}, "image_encoder": {}}
@@ -360,6 +363,13 @@ def test_adapters_move_alone_and_give_their_model(folder: Path, whole: Path, tmp
     assert np.abs(adapted.frames.astype(int) - merged.frames).max() <= 2
     assert np.abs(adapted.frames.astype(int) - plain.frames).max() > 2
     assert merge(whole, [(Lora.open(path), 1.0)], tmp_path / "merged").name == "tiny-svd-moves"
+    compile_ = MagicMock()
+    monkeypatch.setattr(SvdPipeline, "compile", compile_)
+    pipe.load_lora(path, 0.5)
+    compile_.assert_not_called()
+    pipe.denoiser.recorded = True  # as `compile` leaves it
+    pipe.load_lora(path, 0.5)
+    compile_.assert_called_once_with()  # of the other network
     stored = reelflow.load(tmp_path / "merged", "cpu").animate(picture, seed=1, sampling=sampling)
     assert np.abs(stored.frames.astype(int) - merged.frames).max() <= 3, "weights in half precision"
     StableVideoDiffusionPipeline.from_pretrained(tmp_path / "merged")

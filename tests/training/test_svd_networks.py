@@ -57,7 +57,7 @@ def test_sampling_and_training_see_the_same_network() -> None:
     denoiser, ids, times = Denoiser(tiny["tiny_unet"]()), [6.0, 127.0, 0.02], torch.tensor([0.4])
     conditions = denoiser.conditions(picture, states, ids, times, frames, False, 1e-5)
     with torch.no_grad():
-        wanted = denoiser(x, conditions, 0)[0]
+        wanted = denoiser(x, conditions, torch.zeros(1, dtype=torch.long))[0]
         seen = torch.cat((x, picture[:, None].expand_as(x)), 2)
         found = velocity(unet, seen, times, states, torch.tensor([ids]), activation(1e-5))
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)

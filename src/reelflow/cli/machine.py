@@ -92,6 +92,9 @@ def bench_svd(
     against_diffusers: Annotated[
         bool, typer.Option("--against-diffusers", help="Also time diffusers' pipeline: same weights, picture, seed, steps, taking turns.")
     ] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Ours with compiled regions, and on a GPU recorded steps: minutes before the first timing.")
+    ] = False,
 ) -> None:
     """Measure Stable Video Diffusion: seconds of encoding, of a step, of decoding, their arithmetic, the device's share of it, memory.
 
@@ -102,8 +105,8 @@ def bench_svd(
         from reelflow.cli.job import size as pixels
         from reelflow.evaluation.svd import run, table
 
-        asked = pixels(size)
-        found = run(options.model, options.device, options.precision, frames, asked, steps, repeats, against_diffusers, job.report)
+        asked = frames, pixels(size), steps, repeats, against_diffusers, compile_
+        found = run(options.model, options.device, options.precision, *asked, job.report)
         words = table(found)
     job.screen.result(found, words)
 

@@ -98,7 +98,8 @@ def arithmetic(parts: Parts, frames: int, height: int, width: int) -> dict[str, 
 
 def run(
     model: str = "svd", device: str | None = None, precision: str = "auto", frames: int | None = None, size: tuple[int, int] | None = None,
-    steps: int = 25, repeats: int = 1, against: bool = False, progress: Callable[[str, float], None] = lambda phase, share: None,
+    steps: int = 25, repeats: int = 1, against: bool = False, compiled: bool = False,
+    progress: Callable[[str, float], None] = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Benchmark a model; see `measure`.
 
@@ -112,12 +113,12 @@ def run(
         raise ValueError(f"precision {precision!r}: this family comes in float32 and bfloat16")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     parts = load_parts(place, where, getattr(torch, "float32" if precision == "auto" else precision))
-    return measure(parts, frames, size, steps, repeats, against, progress)
+    return measure(parts, frames, size, steps, repeats, against, compiled, progress)
 
 
 def measure(
     parts: Parts, frames: int | None = None, size: tuple[int, int] | None = None, steps: int = 25, repeats: int = 1, against: bool = False,
-    progress: Callable[[str, float], None] = lambda phase, share: None,
+    compiled: bool = False, progress: Callable[[str, float], None] = lambda phase, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rows of our pipeline, and of diffusers'.
 
@@ -127,6 +128,7 @@ def measure(
         steps: of Euler's method, 1 ….
         repeats: timings of each, 1 …; the quickest counts.
         against: also time diffusers' pipeline, whose frames are then compared.
+        compiled: ours after `SvdPipeline.compile`; minutes more before the first timing.
 
     Returns:
         JSON-able: settings, parameters, `flops`, `rows` by pipeline, with `against` also `faster` and `difference` (levels of 255).
@@ -134,6 +136,8 @@ def measure(
     ours, length = SvdPipeline(parts), frames or parts.about.frames
     height, width = check_size(size) if size else ours.own_size
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    if compiled:
+        ours.compile()
 
     def own(steps: int) -> tuple[np.ndarray, dict[str, float]]:
         sampling = Diffusion(steps=steps, fps=7, guidance=3.0, reference="diffusers" if against else "stability")  # as diffusers' defaults
@@ -155,6 +159,7 @@ def measure(
     found: dict[str, Any] = {
         "model": parts.about.name, "device": str(ours.device), "precision": str(ours.denoiser.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "frames": length, "size": [width, height], "steps": steps,
+        "compiled": compiled,
         "parameters": {part: sum(p.numel() for p in getattr(parts, part).parameters()) for part in ("unet", "vae", "image_encoder")},
         "flops": work | {"step": 2 * need["step"]}, "flop_share": {phase: work[phase] / sum(work.values()) for phase in PHASES},
         "rows": rows,
@@ -188,7 +193,8 @@ def table(found: Mapping[str, Any]) -> str:
     work = ", ".join(f"{phase} {found['flops'][phase] / 1e9:,.1f} ({found['flop_share'][phase]:.0%})" for phase in PHASES)
     lines = [
         f"{found['model']} ({parameters}) on {found['device']}, {found['precision']}, {found['threads']} threads: "
-        f"{found['frames']} frames of {found['size'][0]} × {found['size'][1]}, {found['steps']} steps with guidance",
+        f"{found['frames']} frames of {found['size'][0]} × {found['size'][1]}, {found['steps']} steps with guidance"
+        f"{', ours compiled' * found['compiled']}",
         f"GFLOP: {work}; a step {found['flops']['step'] / 1e9:,.1f}",
         f"{'seconds':>12}" + "".join(f"{name:>10}" for name in (*PHASES, "a step", "total", "CPU", "MiB")) + "   share of peak",
     ]

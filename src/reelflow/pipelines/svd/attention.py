@@ -23,12 +23,15 @@ class FeedForward(nn.Module):
         self.up = self.up.proj
 
     def add_(self, x_LC: Tensor) -> None:
+        for piece in x_LC.split(step_of(x_LC, len(self.up.weight))):
+            piece += self(piece)
+
+    def forward(self, x_LC: Tensor) -> Tensor:
         value_weight, gate_weight = self.up.weight.chunk(2)
         value_bias, gate_bias = self.up.bias.chunk(2)
-        for piece in x_LC.split(step_of(x_LC, len(self.up.weight))):
-            normed = self.norm(piece)
-            gate = F.gelu(F.linear(normed, gate_weight, gate_bias))
-            piece += self.down(F.linear(normed, value_weight, value_bias).mul_(gate))
+        normed = self.norm(x_LC)
+        gate = F.gelu(F.linear(normed, gate_weight, gate_bias))
+        return self.down(F.linear(normed, value_weight, value_bias).mul_(gate))
 
 
 class SelfAttention(nn.Module):
@@ -48,7 +51,7 @@ class SelfAttention(nn.Module):
         """(R, C): what is added to every token of a row besides its attention."""
         return self.cross_out(self.cross_value(states_RE)) + self.out.bias
 
-    def mixed(self, x_LMC: Tensor) -> Tensor:
+    def forward(self, x_LMC: Tensor) -> Tensor:
         """Attention over M, without the output's bias."""
         batch, length, channels = x_LMC.shape
         qkv = F.linear(self.norm(x_LMC), self.weight).view(batch, length, 3, self.heads, -1)
@@ -69,7 +72,7 @@ class Spatial(nn.Module):
         step = min(given.frames, step_of(x_NSC, 3 * x_NSC[0].numel()))
         for row, x_FSC in enumerate(x_NSC.split(given.frames)):
             for piece in x_FSC.split(step):
-                piece += self.attention.mixed(piece).add_(constant[row])
+                piece += self.attention(piece).add_(constant[row])
         self.feed_forward.add_(x_NSC.flatten(0, 1))
 
 
@@ -87,7 +90,7 @@ class Temporal(nn.Module):
         step = step_of(x_NSC, 3 * given.frames * x_NSC.shape[2])
         for row, x_FSC in enumerate(x_NSC.split(given.frames)):
             for piece in x_FSC.split(step, dim=1):
-                mixed = self.attention.mixed(piece.transpose(0, 1).contiguous())
+                mixed = self.attention(piece.transpose(0, 1).contiguous())
                 piece += mixed.add_(constant[row]).transpose(0, 1)
         self.feed_forward.add_(x_NSC.flatten(0, 1))
 
@@ -121,4 +124,4 @@ class Transformer(nn.Module):
         return self.proj_out(y_NSC).unflatten(1, (height, width)).permute(0, 3, 1, 2).add_(x_NCHW)
 
 
-__all__ = ["Transformer"]
+__all__ = ["FeedForward", "SelfAttention", "Transformer"]

@@ -143,6 +143,17 @@ class Convolution(nn.Module):
         return F.conv2d(x_NCHW, self.weight, bias, self.stride, self.padding)
 
 
+class Activation(nn.Module):
+    """SiLU of a group norm. eps: in place of the norm's own."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x_NCHW: Tensor, eps: float | None = None) -> Tensor:
+        return F.silu(group_norm(x_NCHW, self.norm, eps), inplace=True)
+
+
 class Upsample(nn.Module):
     """Nearest ×2 and a 3 × 3 convolution.
 
@@ -179,7 +190,7 @@ class Residual(nn.Module):
     def __init__(self, block: Any, columns: Columns | None = None):
         super().__init__()
         spatial = getattr(block, "spatial_res_block", block)
-        self.norm1, self.norm2 = spatial.norm1, spatial.norm2
+        self.activation1, self.activation2 = Activation(spatial.norm1), Activation(spatial.norm2)
         self.conv1, self.conv2 = Convolution(spatial.conv1), Convolution(spatial.conv2)
         self.shortcut = Convolution(spatial.conv_shortcut) if spatial.conv_shortcut is not None else None
         temporal: Any = getattr(block, "temporal_res_block", None)
@@ -187,7 +198,7 @@ class Residual(nn.Module):
         if self.timed:
             mixer = block.time_mixer
             share = torch.sigmoid(mixer.mix_factor.detach().double())
-            self.time_norm1, self.time_norm2 = temporal.norm1, temporal.norm2
+            self.time_activation1, self.time_activation2 = Activation(temporal.norm1), Activation(temporal.norm2)
             self.time_conv1 = Convolution(temporal.conv1)
             self.time_conv2 = Convolution(temporal.conv2, float(share if mixer.switch_spatial_to_temporal_mix else 1 - share))
         self.projections: Any = nn.ModuleList()
@@ -213,8 +224,8 @@ class Residual(nn.Module):
         return x_NCHW
 
     def spatial(self, x_NCHW: Tensor, bias: Tensor | None = None, eps: float | None = None, out: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(group_norm(x_NCHW, self.norm1, eps), inplace=True), bias)
-        h = self.conv2(F.silu(group_norm(h, self.norm2, eps), inplace=True))
+        h = self.conv1(self.activation1(x_NCHW, eps), bias)
+        h = self.conv2(self.activation2(h, eps))
         return torch.add(h, x_NCHW if self.shortcut is None else self.shortcut(x_NCHW), out=h if out is None else out)
 
     def temporal_(self, x_NCHW: Tensor, frames: int, bias: Tensor | None = None, eps: float | None = None) -> None:
@@ -223,22 +234,22 @@ class Residual(nn.Module):
             return
         x_RCFS = x_NCHW.permute(0, 2, 3, 1).unflatten(0, (-1, frames)).flatten(2, 3).permute(0, 3, 1, 2)
         if step_of(x_RCFS, x_RCFS[..., 0].numel()) >= x_RCFS.shape[3]:
-            h_RCFS = self.time_conv1(F.silu(group_norm(x_RCFS, self.time_norm1, eps), inplace=True), bias)
-            x_RCFS.add_(self.time_conv2(F.silu(group_norm(h_RCFS, self.time_norm2, eps), inplace=True)))
+            h_RCFS = self.time_conv1(self.time_activation1(x_RCFS, eps), bias)
+            x_RCFS.add_(self.time_conv2(self.time_activation2(h_RCFS, eps)))
             return
         for row_1CFS in x_RCFS.split(1):
             self._row_temporal_(row_1CFS, bias, eps)
 
     def _row_temporal_(self, x_1CFS: Tensor, bias: Tensor | None, eps: float | None) -> None:
         step = step_of(x_1CFS, x_1CFS[..., 0].numel())
-        first = _affine(x_1CFS.split(step_of(x_1CFS, x_1CFS[:, :, 0].numel()), 2), self.time_norm1, eps)
+        first = _affine(x_1CFS.split(step_of(x_1CFS, x_1CFS[:, :, 0].numel()), 2), self.time_activation1.norm, eps)
 
         def inner() -> Iterator[Tensor]:
             for piece in x_1CFS.split(step, 3):
                 yield self.time_conv1(_activated(piece, *first), bias)
 
         pieces = inner if care().again else list(inner()).__iter__
-        second = _affine(pieces(), self.time_norm2, eps)
+        second = _affine(pieces(), self.time_activation2.norm, eps)
         for x, piece in zip(x_1CFS.split(step, 3), pieces(), strict=True):
             x.add_(self.time_conv2(_activated(piece, *second)))
 
@@ -261,7 +272,7 @@ def _affine(pieces: Iterable[Tensor], norm: nn.GroupNorm, eps: float | None) -> 
         moments.append(torch.stack(torch.ops.aten.batch_norm_update_stats(piece, *room, 1.0)))  # by channel: mean, mean square about it
         counts.append(piece[0, 0].numel())
     mean_PGc, spread_PGc = torch.stack(moments, 1).unflatten(2, (GROUPS, -1))
-    share_P11 = (mean_PGc.new_tensor(counts) / sum(counts))[:, None, None]
+    share_P11 = torch.stack([mean_PGc.new_full((1, 1), count / sum(counts)) for count in counts])  # not from the host's memory
     mean_G1 = (share_P11 * mean_PGc).sum(0).mean(1, keepdim=True)
     spread_G1 = (share_P11 * (spread_PGc + (mean_PGc - mean_G1).square())).sum(0).mean(1, keepdim=True)
     rate_G1 = torch.rsqrt(spread_G1 + (norm.eps if eps is None else eps))
@@ -269,4 +280,4 @@ def _affine(pieces: Iterable[Tensor], norm: nn.GroupNorm, eps: float | None) -> 
     return scale_Gc.flatten(), norm.bias.to(rate_G1.dtype) - (mean_G1 * scale_Gc).flatten()
 
 
-__all__ = ["Care", "Columns", "Convolution", "Given", "Residual", "Upsample", "care", "caring"]
+__all__ = ["Activation", "Care", "Columns", "Convolution", "Given", "Residual", "Upsample", "care", "caring"]

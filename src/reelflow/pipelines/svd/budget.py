@@ -122,7 +122,7 @@ class Account(Generic[P]):
         noise, states = self._latents(asked, asked.frames), torch.empty(asked.clips, width)
         times, ids = torch.empty(25), [0.0, 0.0, 0.0]
         told = pipe.denoiser.conditions(self._latents(asked), states, ids, times, asked.frames, asked.guided, None)
-        return noise, *velocity(pipe.denoiser, noise + 0, rows(told), 0, None)
+        return noise, *velocity(pipe.denoiser, noise + 0, rows(told), torch.zeros(1, dtype=torch.long), None)
 
     def _decoding(self, asked: Asked) -> Tensor:
         return self.pipe.decoder(self._latents(asked, asked.frames))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelflow.pipelines.svd.blocks import Convolution, Residual, Upsample, care, group_norm, step_of, tokens
+from reelflow.pipelines.svd.blocks import Activation, Convolution, Residual, Upsample, care, group_norm, step_of, tokens
 
 
 class Encoder(nn.Module):
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
                 self.spatial.append(nn.ModuleList([*before, Residual(resnet)]))
                 before = []
             before = [Upsample(block.upsamplers[0])] if block.upsamplers else []
-        self.norm_out, self.conv_out = source.conv_norm_out, Convolution(source.conv_out)
+        self.activation_out, self.conv_out = Activation(source.conv_norm_out), Convolution(source.conv_out)
         self.time_conv_out = Convolution(source.time_conv_out) if hasattr(source, "time_conv_out") else None
 
     @property
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
             x = by_frames(x, partial(_run, stage), growth)
             stage[-1].temporal_(x, frames)
             progress(sum(work[: index + 1]) / sum(work))
-        x = by_frames(x, lambda piece, out: self.conv_out(F.silu(group_norm(piece, self.norm_out), inplace=True)))
+        x = by_frames(x, lambda piece, out: self.conv_out(self.activation_out(piece)))
         if self.time_conv_out is not None:
             x = self.time_conv_out(x.permute(1, 0, 2, 3).flatten(2)[None])[0].unflatten(2, x.shape[2:]).permute(1, 0, 2, 3)
         return x.float()

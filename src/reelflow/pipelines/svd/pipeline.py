@@ -24,7 +24,8 @@ from reelflow.config import ModelConfig
 from reelflow.media.aspect import ASPECTS, frame_size
 from reelflow.pipelines.base import Device, Picture, Pipeline, Precision, Progress, check_length, new_seed, say, silent, spoken
 from reelflow.pipelines.loading import Asked
-from reelflow.pipelines.svd.blocks import Care, caring
+from reelflow.pipelines.svd.attention import FeedForward, SelfAttention
+from reelflow.pipelines.svd.blocks import Activation, Care, caring
 from reelflow.pipelines.svd.budget import Plan, choose
 from reelflow.pipelines.svd.decoder import Decoder, Encoder
 from reelflow.pipelines.svd.memory import fitting
@@ -53,7 +54,6 @@ class SvdPipeline(Pipeline):
         self._adapters: list[tuple[Lora, float]] = []
         self._source: Path | None = None
         self.device, self.plan = self.denoiser.device, cast("Plan[Self] | None", None)
-        self.device, self.plan = self.denoiser.device, None
 
     @classmethod
     def load(
@@ -97,8 +97,26 @@ class SvdPipeline(Pipeline):
         unet = load_part(folder, "unet", *kind) if folder.is_dir() else load_parts(self._source, *kind).unet
         for adapter, share in adapters:
             apply(adapter, dict(unet.named_parameters()), self.about, share)
+        compiled = self.denoiser.recorded
         self.denoiser, self._adapters = Denoiser(unet).eval(), adapters
+        if compiled:
+            self.compile()
         self.loras.append({"file": Path(file).name, "weight": weight})
+
+    def compile(self) -> None:
+        """For many clips of one shape: what lies around the products as single kernels, region by region (torch.compile), and on a GPU
+        each step as one CUDA graph. The first clip takes minutes longer; clips stay the same up to rounding.
+
+        Raises:
+            ValueError: the model was loaded with a memory budget, which does not count what graphs and kernels keep.
+        """
+        if self.plan:
+            raise ValueError(f"{self.about.name}: compile does not go with a memory budget; load the model without one")
+        torch._dynamo.config.recompile_limit = 256  # of one region: as many shapes as the networks have
+        for module in (*self.denoiser.modules(), *self.decoder.modules()):
+            if isinstance(module, Activation | FeedForward | SelfAttention):
+                module.compile(dynamic=False)
+        self.denoiser.recorded = True
 
     def animate(
         self, image: Picture, prompt: str = "", *, seed: int | None = None, seconds: float | None = None, frames: int | None = None,

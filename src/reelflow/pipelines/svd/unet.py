@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelflow.pipelines.svd.attention import Transformer
-from reelflow.pipelines.svd.blocks import Columns, Convolution, Given, Residual, Upsample, channels_last, group_norm
+from reelflow.pipelines.svd.blocks import Activation, Columns, Convolution, Given, Residual, Upsample, channels_last
 
 
 class Conditions(NamedTuple):
@@ -78,7 +78,9 @@ class Denoiser(nn.Module):
         self.down: Any = nn.ModuleList(Stage(block, columns) for block in unet.down_blocks)
         self.middle = Stage(unet.mid_block, columns)
         self.up: Any = nn.ModuleList(Stage(block, columns) for block in unet.up_blocks)
-        self.norm_out, self.conv_out = unet.conv_norm_out, Convolution(unet.conv_out)
+        self.activation_out, self.conv_out = Activation(unet.conv_norm_out), Convolution(unet.conv_out)
+        self.recorded = False
+        """Whether a GPU is to record its steps (`sampling.denoise`)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,13 +123,13 @@ class Denoiser(nn.Module):
         )
 
     def forward(
-        self, scaled_BF4hw: Tensor, conditions: Conditions, step: int, inner: Tensor | None = None
+        self, scaled_BF4hw: Tensor, conditions: Conditions, step_1: Tensor, inner: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """v (R, F, 4, h, w) of latents times c_in, in the step's noise; and what all but the outermost level made of them, which a later
-        call may be given as `inner` to leave that work out.
+        """v (R, F, 4, h, w) of latents times c_in, in the noise of a step, 0 …, given as (1,) on the device; and what all but the outermost
+        level made of them, which a later call may be given as `inner` to leave that work out.
         """
         clips, frames = scaled_BF4hw.shape[:2]
-        given = Given(frames, conditions.biases[step], conditions.context, conditions.positions, conditions.eps)
+        given = Given(frames, conditions.biases.index_select(0, step_1)[0], conditions.context, conditions.positions, conditions.eps)
         latent = scaled_BF4hw.to(self.dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = F.conv2d(latent, self.conv_latent, padding=1).unflatten(0, (clips, frames))
         rows = len(conditions.picture)
@@ -136,7 +138,7 @@ class Denoiser(nn.Module):
         if inner is None:
             inner = self._inner(skips[-1], given)
         x = self.up[-1].ascend(inner, skips, given)
-        x = self.conv_out(F.silu(group_norm(x, self.norm_out), inplace=True))
+        x = self.conv_out(self.activation_out(x))
         return x.unflatten(0, (rows, frames)), inner
 
     def _inner(self, x: Tensor, given: Given) -> Tensor:
