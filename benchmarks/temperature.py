@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import count
 
 import numpy as np
 
-from reelflow.data.scene import DIRECTIONS, Scene, sample_scene
+from reelflow.data.scene import DIRECTIONS, Scene
 from reelflow.data.toybox import canonical
 from reelflow.evaluation.detect import detect, matches
-from reelflow.evaluation.toybox import SEED, scenes
+from reelflow.evaluation.toybox import scenes
 from reelflow.pipelines import load
 from reelflow.pipelines.starflow import Sampling, StarFlowPipeline
 
@@ -26,10 +25,8 @@ BATCH = 8
 
 
 def circles(number: int) -> list[Scene]:
-    """Of one thing and no wall, from the same series."""
-    drawn = (sample_scene(SEED, index, things=1) for index in count())
-    circling = (scene for scene in drawn if scene.wall is None and scene.things[0].motion == "circles")
-    return [next(circling) for _ in range(number)]
+    """Of one thing, from the same series, of which a seventh circles."""
+    return [scene for scene in scenes(20 * number, "train", 1) if scene.things[0].motion == "circles"][:number]
 
 
 def made(pipe: StarFlowPipeline, asked: Sequence[Scene], temperature: float) -> tuple[float, float, float]:
@@ -63,12 +60,12 @@ def main() -> None:
     options = parser.parse_args()
     pipe = load(options.model, None, options.precision)
     assert isinstance(pipe, StarFlowPipeline)
-    one, two = (scenes(options.count, "train", things) for things in (1, 2))
+    one, two, circling = scenes(options.count, "train", 1), scenes(options.count, "train", 2), circles(options.count)
     print("| temperature | one that circles | one thing | two things | deviation of places | of speeds |\n|---|---|---|---|---|---|")
     for temperature in options.temperatures:
-        round_, (share, places, speeds) = made(pipe, circles(options.count), temperature)[0], made(pipe, one, temperature)
-        pairs = made(pipe, two, temperature)[0]
-        print(f"| {temperature:g} | {round_:.0%} | {share:.0%} | {pairs:.0%} | {places:.1f} | {speeds:.2f} |", flush=True)
+        (share, places, speeds), pairs = made(pipe, one, temperature), made(pipe, two, temperature)[0]
+        circled = made(pipe, circling, temperature)[0]
+        print(f"| {temperature:g} | {circled:.0%} | {share:.0%} | {pairs:.0%} | {places:.1f} | {speeds:.2f} |", flush=True)
     things = [scene.things[0] for scene in one]
     speeds = np.std([np.hypot(thing.vx, thing.vy) for thing in things if thing.motion in DIRECTIONS])
     print(f"| the scenes | | | | {spread([np.array((thing.x, thing.y)) for thing in things]):.1f} | {speeds:.2f} |")

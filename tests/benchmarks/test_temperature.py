@@ -45,5 +45,5 @@ def test_one_clip_for_all() -> None:
 
 
 def test_circles_are_the_same_for_every_count() -> None:
-    assert [scene.things[0].motion for scene in circles(5)] == ["circles"] * 5
+    assert [scene.things[0].motion for scene in circles(48)] == ["circles"] * 48
     assert circles(5)[:3] == circles(3)
