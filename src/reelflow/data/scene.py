@@ -192,8 +192,12 @@ def sample_scene(
     scene = Scene(place_things(rng, looks), background, _gradient(rng))
     sideways = any(thing.motion in ("moves left", "moves right") for thing in scene.things)
     if rng.random() < (0.1 if sideways else 0.01):
-        scene = replace(scene, wall=Wall(x=float(rng.uniform(44, 84)), width=float(rng.uniform(16, 36))))
+        scene = replace(scene, wall=new_wall(rng))
     return scene
+
+
+def new_wall(rng: np.random.Generator) -> Wall:
+    return Wall(x=float(rng.uniform(44, 84)), width=float(rng.uniform(16, 36)))
 
 
 def _look(rng: np.random.Generator, split: Split, motions: Sequence[str]) -> Look:

@@ -35,6 +35,7 @@ from reelflow.data.scene import (
     Twist,
     Wall,
     generator,
+    new_wall,
     place_things,
     sample_scene,
 )
@@ -54,6 +55,8 @@ _DOING = {
     "circles": ("is circling", "goes round in a circle", "moves in a circle"),
 }
 
+_WALL = ", with a grey wall in front"
+
 
 def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -61,12 +64,16 @@ def _a(words: str) -> str:
 
 def canonical(scene: Scene, sizes: bool = True) -> str:
     """The caption in the grammar that `scene_from_prompt` reads, with or without the sizes."""
+    wall = _WALL if scene.wall is not None else ""
     parts = [f"{_a(f'{thing.size} ' * sizes + f'{thing.colour} {thing.shape}')} {thing.motion}" for thing in scene.things]
-    return f"{' and '.join(parts)} on a {scene.background} background"
+    return f"{' and '.join(parts)} on a {scene.background} background{wall}"
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """True captions in several phrasings; first the canonical one with sizes, second the canonical one without."""
+    """True captions in several phrasings; first the canonical one with sizes, second the canonical one without.
+
+    All of them say whether there is a wall: else a model would put walls into scenes that nobody asked for them in.
+    """
     things, ground = scene.things, scene.background
     full = [f"{thing.size} {thing.colour} {thing.shape}" for thing in things]
     plain = [f"{thing.colour} {thing.shape}" for thing in things]
@@ -76,8 +83,6 @@ def captions(scene: Scene) -> tuple[str, ...]:
         return " and ".join(f"{_a(noun)} {verb}" for noun, verb in zip(nouns, verbs, strict=True))
 
     found = [
-        canonical(scene),
-        canonical(scene, sizes=False),
         f"{say(plain, doing[0])} on a {ground} background",
         f"on a {ground} background, {say(full, doing[1])}",
         f"{say(plain, doing[2])} in front of a {ground} background",
@@ -88,18 +93,17 @@ def captions(scene: Scene) -> tuple[str, ...]:
         if thing.turn and len(things) == 1:
             way = "clockwise" if thing.turn > 0 else "counter-clockwise"
             found.append(f"{_a(noun)} circles {way} on a {ground} background")
-    if scene.wall is not None:
-        found.append(f"{say(plain, [thing.motion for thing in things])} on a {ground} background, with a grey wall in front")
-    return tuple(found)
+    wall = _WALL if scene.wall is not None else ""
+    return canonical(scene), canonical(scene, sizes=False), *(caption + wall for caption in found)
 
 
-_PROMPT = re.compile(r"(?P<things>.+) on an? (?P<background>\w+) background")
+_PROMPT = re.compile(rf"(?P<things>.+) on an? (?P<background>\w+) background(?P<wall>{_WALL})?")
 
 
 def scene_from_prompt(prompt: str, seed: int) -> Scene:
     """The scene that a canonical prompt describes; size, where not named, places and speeds come from `seed`.
 
-    Grammar: `a [size] colour shape motion [and a [size] colour shape motion] on a background background`.
+    Grammar: `a [size] colour shape motion [and a [size] colour shape motion] on a background background[, with a grey wall in front]`.
     ValueError names the word that toybox does not know.
     """
     rng = generator(seed, 0, "prompt")
@@ -119,7 +123,8 @@ def scene_from_prompt(prompt: str, seed: int) -> Scene:
         raise ValueError(f"{len(looks)} things in {prompt!r}: toybox knows scenes of one or two")
     for look in looks:  # an unknown word is reported by Thing and Scene, before room is sought
         Thing(*look, 0, 0, turn=float(look[3] == "circles"))
-    return Scene(place_things(rng, looks), whole["background"], gradient=float(rng.uniform(-15, 15)) if rng.random() < 0.5 else 0.0)
+    scene = Scene(place_things(rng, looks), whole["background"], gradient=float(rng.uniform(-15, 15)) if rng.random() < 0.5 else 0.0)
+    return replace(scene, wall=new_wall(rng)) if whole["wall"] else scene
 
 
 def edit_pair(seed: int, index: int, *, split: Split = "train") -> tuple[Scene, Scene, str]:
