@@ -1,6 +1,6 @@
 """Stable Video Diffusion against diffusers' pipeline: same random weights, picture, seed and steps, in one process, taking turns.
 
-    python benchmarks/svd.py [--steps 10] [--frames 14] [--size 256x128] [--repeats 2] [--threads 2] [--precision bfloat16]
+    python benchmarks/svd.py [--steps 5 10] [--frames 14] [--size 256x128] [--repeats 2] [--threads 2] [--precision bfloat16]
                              [--compile] [--model FOLDER] [--json FILE]
 
 What `reelflow bench svd --against-diffusers` does, of a random model: 61.7 M parameters in its UNet, 24.5 M in its VAE and 4.0 M in
@@ -58,7 +58,7 @@ def cast(parts: Parts, dtype: torch.dtype) -> Parts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a model to measure instead of the random one")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10], help="Euler steps, one table each (default: 10)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10], help="Euler steps, one table each (default: 5 and 10)")
     parser.add_argument("--frames", type=int, default=14, help="(default: 14)")
     parser.add_argument("--size", default="256x128", help="WIDTHxHEIGHT (default: 256x128)")
     parser.add_argument("--repeats", type=int, default=1, help="timings of each, from 1; the quickest counts (default: 1)")
