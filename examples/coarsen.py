@@ -3,7 +3,7 @@
     python examples/coarsen.py runs/mini/model runs/coarse
 
 The matrices inside transformer layers, 1/32 of their root mean square apart; what is around the layers (projections of latents and text,
-embeddings) bears much less and stays as it is. What it costs, `reelflow evaluate toybox --only likelihood` says.
+embeddings) is small and stays as it is. What it costs, `reelflow evaluate toybox --only likelihood` says.
 """
 
 from __future__ import annotations

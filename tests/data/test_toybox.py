@@ -162,6 +162,7 @@ def test_canonical_prompt_is_read_back():
         assert back == scene_from_prompt(canonical(scene), seed=index)
         assert canonical(scene_from_prompt(captions(scene)[1], seed=index), sizes=False) == captions(scene)[1]
         assert (back.wall is None) == (scene.wall is None)
+    assert scene_from_prompt("a red ball moves right on a black background, with a grey wall in front", 0).wall is not None
     scene = scene_from_prompt("a red ball moves right and a blue box stays still on a black background", 0)
     assert [thing.pair for thing in scene.things] == [("red", "ball"), ("blue", "box")]
     assert scene_from_prompt("a orange ball circles on a navy background", 0).things[0].colour == "orange"

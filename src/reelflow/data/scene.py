@@ -197,6 +197,7 @@ def sample_scene(
 
 
 def new_wall(rng: np.random.Generator) -> Wall:
+    """Of any width, about the middle of the frame."""
     return Wall(x=float(rng.uniform(44, 84)), width=float(rng.uniform(16, 36)))
 
 

@@ -62,11 +62,14 @@ def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def _wall(scene: Scene) -> str:
+    return "" if scene.wall is None else _WALL
+
+
 def canonical(scene: Scene, sizes: bool = True) -> str:
     """The caption in the grammar that `scene_from_prompt` reads, with or without the sizes."""
-    wall = _WALL if scene.wall is not None else ""
     parts = [f"{_a(f'{thing.size} ' * sizes + f'{thing.colour} {thing.shape}')} {thing.motion}" for thing in scene.things]
-    return f"{' and '.join(parts)} on a {scene.background} background{wall}"
+    return f"{' and '.join(parts)} on a {scene.background} background{_wall(scene)}"
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
@@ -93,8 +96,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
         if thing.turn and len(things) == 1:
             way = "clockwise" if thing.turn > 0 else "counter-clockwise"
             found.append(f"{_a(noun)} circles {way} on a {ground} background")
-    wall = _WALL if scene.wall is not None else ""
-    return canonical(scene), canonical(scene, sizes=False), *(caption + wall for caption in found)
+    return canonical(scene), canonical(scene, sizes=False), *(caption + _wall(scene) for caption in found)
 
 
 _PROMPT = re.compile(rf"(?P<things>.+) on an? (?P<background>\w+) background(?P<wall>{_WALL})?")
