@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reelflow.adapters.checkpoint import new_folder, read_weights, save_weights
+from reelflow.adapters.checkpoint import new_folder, save_weights
 from reelflow.adapters.hub import resolve
+from reelflow.adapters.lora import flow_weights
 from reelflow.config import FlowConfig
 from reelflow.flow.rope import rotary
 
@@ -123,7 +124,7 @@ def deeper(
         raise ValueError("--back is where new layers look; --after says where they go")
     if back and (config.positions != "rotary" or not config.bias or config.num_heads or config.num_kv_heads or not config.learned_places):
         raise ValueError("--back is for rotary positions, layers with bias, as many key as query heads, and known places (--places)")
-    weights = deepen(dict(read_weights(folder)), config, after, back)
+    weights = deepen(dict(flow_weights(folder)), config, after, back)
     if places:
         weights |= {f"{block}.pos_embed": coordinates(places, width, size) for block, (width, size) in embedded.items()}
     changed: dict[str, object] = {"layers": (*config.layers[:-1], config.layers[-1] + len(set(after)))}

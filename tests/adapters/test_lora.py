@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor
 import reelflow
 from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import read_weights
-from reelflow.adapters.lora import Lora, merge, parse, save
+from reelflow.adapters.lora import Lora, flow_weights, merge, parse, save
 from reelflow.config import ModelConfig
+from reelflow.evaluation.card import describe
 from reelflow.pipelines.starflow import StarFlowPipeline
 
 tiny = runpy.run_path(str(Path(__file__).parent.parent / "pipelines" / "tiny.py"))
@@ -77,6 +79,28 @@ def test_a_merged_folder_is_the_model_with_the_lora(model: Path, tmp_path: Path)
     assert "heart.safetensors, weight 0.5" in (tmp_path / "merged" / "README.md").read_text()
     stored = read_weights(tmp_path / "merged" / "transformer")
     assert {name: tensor.dtype for name, tensor in stored.items()} == {n: t.dtype for n, t in read_weights(model / "transformer").items()}
+
+
+@pytest.mark.filterwarnings("error")  # one of another revision, too
+def test_one_in_a_models_folder_is_a_part_of_it(model: Path, tmp_path: Path) -> None:
+    """Wherever its weights are read: in the type they are stored in, and without a word."""
+    folder, given = tmp_path / "adapted", matrices()
+    shutil.copytree(model, folder)
+    write(folder / "transformer" / lora.OWN, revision="0")
+    plain, found = read_weights(model / "transformer"), flow_weights(folder / "transformer")
+    assert list(found) == list(plain)
+    changed = {name for name in plain if not torch.equal(found[name], plain[name])}
+    assert changed == {f"{QKV}.weight", f"{UP}.weight"}
+    change = 2 * given[QKV + lora.UP].float() @ given[QKV + lora.DOWN].float()
+    assert torch.equal(found[f"{QKV}.weight"], plain[f"{QKV}.weight"] + change)
+    assert torch.equal(weight_of(load(folder), QKV), found[f"{QKV}.weight"])
+    assert describe(str(folder))["parameters"] == describe(str(model))["parameters"]
+    merge(folder, [(Lora.open(write(tmp_path / "heart.safetensors", matrices(1))), 0.0)], tmp_path / "merged")
+    assert {path.name for path in (tmp_path / "merged" / "transformer").iterdir()} == {"config.json", "model.safetensors"}
+    assert torch.equal(read_weights(tmp_path / "merged" / "transformer")[f"{UP}.weight"], found[f"{UP}.weight"])
+    save(folder / "transformer" / lora.OWN, {name.replace("layers.1", "layers.7"): tensor for name, tensor in given.items()}, ABOUT)
+    with pytest.raises(ValueError, match=r"adapter.safetensors: changes weights that .*transformer does not have \(deep_block.layers.7"):
+        load(folder)
 
 
 def test_one_of_another_architecture_is_refused(model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Shapes: B batch, F latent frames, C channels, h × w places.
 from __future__ import annotations
 
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import reelflow
+from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import read_weights
 from reelflow.adapters.lora import Lora
 from reelflow.adapters.text import TextEncoder, load_text_encoder
@@ -56,6 +58,21 @@ def test_a_run_begins_with_the_weights_of_its_model(model: Path, tmp_path: Path)
     assert all(torch.equal(trainer.weights[f"flow.{name}"], stored[name]) for name in stored)
     trainer.train_step()
     assert all(not torch.equal(trainer.weights[f"flow.{name}"], stored[name]) for name in stored)
+
+
+def test_an_adapter_in_its_folder_is_a_part_of_the_model(model: Path, tmp_path: Path) -> None:
+    """Of what is trained on, and of what stays as it is beside adapters."""
+    folder, layer = tmp_path / "adapted", "deep_block.layers.1.attention.proj"
+    shutil.copytree(model, folder)
+    rows, columns = read_weights(model / "transformer")[f"{layer}.weight"].shape
+    tensors = {layer + lora.DOWN: torch.ones(1, columns), layer + lora.UP: torch.ones(rows, 1)}
+    lora.save(folder / "transformer" / lora.OWN, tensors, {"rank": 1, "alpha": 0.5, "model": "tiny", "revision": "1"})
+    trainer, adapting = make(tmp_path / "a", folder), make(tmp_path / "b", folder, lora={"rank": 2})
+    base = dict(adapting.objective.flow.named_parameters())[f"{layer}.base_layer.weight"]
+    stored = read_weights(model / "transformer")
+    assert torch.equal(trainer.weights[f"flow.{layer}.weight"], stored[f"{layer}.weight"] + 0.5)
+    assert torch.equal(base, stored[f"{layer}.weight"] + 0.5)
+    assert all(torch.equal(trainer.weights[f"flow.{name}"], stored[name]) for name in stored if name != f"{layer}.weight")
 
 
 def test_weights_that_do_not_fit_are_named(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reelflow.adapters import lora
 from reelflow.adapters.checkpoint import save_weights
 from reelflow.adapters.text import TextEncoder
 from reelflow.flow import StarFlow
@@ -119,11 +120,15 @@ def make(folder: Path, values: dict[str, Any] | None = None, ranks: Ranks | None
 
 
 def write_base(folder: Path) -> None:
-    """What runs that begin with a model need of it, in FOLDER/base."""
+    """What runs that begin with a model need of it, in FOLDER/base: one with an adapter of its own."""
     config = TrainConfig.parse(SETTINGS)
     flow = StarFlow(config.flow)
     fill(flow, 1)
     save_weights(flow.state_dict(), folder / "base" / "transformer")
+    layer, width = "deep_block.layers.0.attention.proj", 48
+    shapes = {layer + lora.DOWN: (2, width), layer + lora.UP: (width, 2)}
+    tensors = {name: 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in shapes.items()}
+    lora.save(folder / "base" / "transformer" / lora.OWN, tensors, {"rank": 2, "alpha": 2, "model": "tiny", "revision": "0"})
     config.flow.write(folder / "base" / "transformer" / "config.json")
     config.about.write(folder / "base" / "config.json")
 

@@ -3,7 +3,7 @@
     NAME.lora_A.weight (rank, in) and NAME.lora_B.weight (out, rank) for every adapted linear layer NAME of the flow
 
 say W + weight · alpha / rank · B A in place of its W. The header's `reelflow_lora` (JSON) holds rank, alpha, targets, and the
-model and revision that it was trained on.
+model and revision that it was trained on. One that lies in a flow's own folder belongs to it, see `flow_weights`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelflow.adapters.checkpoint import SHARD_BYTES, few, new_folder, read_weights, write_shards, written
+from reelflow.adapters.checkpoint import SHARD_BYTES, MappedWeights, few, new_folder, read_weights, write_shards, written
 from reelflow.adapters.svd import is_svd, part_weights, read_about
 from reelflow.config import ModelConfig
 
 HEADER = "reelflow_lora"
+OWN = "adapter.safetensors"
+"""The adapter in a flow's folder `transformer/` that is a part of it: a revision of a model in a file as small as a LoRA."""
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -80,6 +82,32 @@ class Lora:
             warnings.warn(message, UserWarning, stacklevel=3)
 
 
+class Adapted(Mapping[str, Tensor]):
+    """Weights with an adapter's change added as each is read, in the type it is stored in."""
+
+    def __init__(self, weights: MappedWeights, lora: Lora):
+        self.weights, self.lora, self.source = weights, lora, weights.source
+        self.changed = frozenset(f"{layer}.weight" for layer in lora.layers)
+        if lost := sorted(self.changed - set(weights)):
+            raise ValueError(f"{lora.path}: changes weights that {weights.source} does not have ({few(lost)})")
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.weights[name]
+        return (weight.float() + self.lora.change(name.removesuffix(".weight"))).to(weight.dtype) if name in self.changed else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def flow_weights(folder: Path) -> MappedWeights | Adapted:
+    """The weights of a flow's folder `transformer/`, with the adapter in it, if there is one. Raises ValueError as `read_weights`."""
+    weights, own = read_weights(folder), folder / OWN
+    return Adapted(weights, Lora.open(own)) if own.is_file() else weights
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write an adapter in bfloat16."""
     from safetensors.torch import save_file
@@ -129,7 +157,7 @@ def merge(
     diffuses = is_svd(model)
     part, stem = ("unet", "diffusion_pytorch_model") if diffuses else ("transformer", "model")
     about = read_about(model) if diffuses else ModelConfig.read(model / "config.json")
-    weights = part_weights(model / part, stem)
+    weights = part_weights(model / part, stem) if diffuses else flow_weights(model / part)
     for lora, _ in loras:
         lora.require_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, about)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reelflow.adapters.hub import licence_notice, resolve
+from reelflow.adapters.lora import OWN
 from reelflow.adapters.svd import is_svd, read_about
 from reelflow.config import FlowConfig, ModelConfig
 
@@ -46,10 +47,10 @@ def _block(name: str) -> str:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, int]]:
-    """Name and number of values of every tensor in a part's safetensors files."""
+    """Name and number of values of every tensor in a part's safetensors files; an adapter there adds to weights, not to their number."""
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.name != OWN):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dictionary

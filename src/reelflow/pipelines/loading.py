@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reelflow.adapters.checkpoint import load_into, read_weights
+from reelflow.adapters.checkpoint import load_into
 from reelflow.adapters.convert import open_checkpoint
 from reelflow.adapters.hub import part_folder
+from reelflow.adapters.lora import flow_weights
 from reelflow.adapters.precision import QUANTISED, compute_dtype, quantiser, settle
 from reelflow.adapters.text import load_text_encoder, text_shapes
 from reelflow.adapters.torchrun import ranks
@@ -79,7 +80,7 @@ def load_parts(source: Path, device: Device, precision: str, budget: int | None,
     if source.is_dir():
         about = ModelConfig.read(source / "config.json")
         config = FlowConfig.read(source / "transformer" / "config.json")
-        weights = read_weights(source / "transformer")
+        weights = flow_weights(source / "transformer")
     else:
         about, config, weights = open_checkpoint(source)
     with torch.device("meta"):

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from reelflow.adapters.checkpoint import read_weights, require_match
+from reelflow.adapters.checkpoint import require_match
 from reelflow.adapters.hub import resolve
+from reelflow.adapters.lora import Adapted, flow_weights
 from reelflow.adapters.text import TextEncoder
 from reelflow.likelihood import HALF_LOG_TAU
 from reelflow.training import flops, parallel
@@ -116,10 +117,13 @@ def new_flow(config: TrainConfig, ranks: Ranks) -> ForeseeingFlow:
         folder = resolve(config.init) / "transformer"
         flow.to_empty(device="cpu" if config.offload else ranks.device)
         state = {name.replace(".base_layer", ""): p.detach() for name, p in flow.named_parameters() if ".lora_" not in name}
-        weights = read_weights(folder)
+        weights = flow_weights(folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         require_match({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, str(folder))
         read_into(folder, state, ranks)
+        if isinstance(weights, Adapted):
+            for name in weights.changed:
+                parallel.fill(state[name], weights[name])
         if config.lora:
             fill_adapters(flow, config.seed)
     parallel.prepare_layers(flow, config)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reelflow.adapters.torchrun import TOLD, own_device
 from reelflow.flow import StarFlow
@@ -174,6 +174,13 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """All of it, on every rank that asks; all have to."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor, whole or this rank's shard of it, what a whole one holds that every rank has."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    local(tensor).copy_(value)
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
