@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from reelflow.clip import Clip
+from reelflow.data.scene import Scene
 from reelflow.data.toybox import canonical, edit_pair, scene_from_prompt
 from reelflow.evaluation.toybox import SEED, codec, edit, extend, generate, run, scenes, shown
 from reelflow.pipelines.starflow import Sampling
 
 
-def marks(make: Any) -> dict[str, float]:
+def marks(make: Any, things: int = 1) -> dict[str, float]:
     """Of a model whose answer to a prompt is `make(scene)`."""
 
     def generate_batch(prompts: list[str], seeds: list[int], sampling: Sampling) -> list[Clip]:
@@ -22,11 +23,23 @@ def marks(make: Any) -> dict[str, float]:
         return [make(scene_from_prompt(prompt, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     pipe: Any = SimpleNamespace(generate_batch=generate_batch)
-    return generate(pipe, scenes(12, "train", 1), 0, 5, Sampling(), lambda share: None)
+    return generate(pipe, scenes(12, "train", things), 0, 5, Sampling(), lambda share: None)
 
 
 def test_a_perfect_model_gets_full_marks() -> None:
     assert set(marks(shown).values()) == {1.0}
+
+
+def test_of_pairs_each_kind_of_motion_counts_where_one_thing_has_it() -> None:
+    def stopping(scene: Scene) -> Clip:
+        circles = any(thing.motion == "circles" for thing in scene.things)
+        return Clip(shown(scene).frames[[0] * 33], 16) if circles else shown(scene)
+
+    asked = [{thing.motion for thing in scene.things} for scene in scenes(12, "train", 2)]
+    found = marks(stopping, things=2)
+    assert found["with circles"] == 0
+    assert found["motion"] == round(sum("circles" not in motions for motions in asked) / 12, 4)
+    assert found["direction"] == 1 > found["with direction"] > 0
 
 
 def test_what_a_codec_loses_is_its_own_row() -> None:

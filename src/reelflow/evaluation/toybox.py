@@ -107,8 +107,8 @@ def rates(results: Sequence[dict[str, bool]]) -> dict[str, float]:
 def generate(
     pipe: StarFlowPipeline, wanted: list[Scene], seed: int, batch: int, sampling: Sampling, progress: Callable[[float], None]
 ) -> dict[str, float]:
-    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked; and of those where every
-    thing is asked for a motion of one kind (`KINDS`), of the motions.
+    """Shares of clips whose colour, shape, size, motion, background, and all but the size, are as asked; and of the motions alone, of
+    clips where every thing is asked for one of a kind (`KINDS`), and of two things of which at least one is ("with bounces").
     """
     results = []
     for start in range(0, len(wanted), batch):
@@ -117,9 +117,12 @@ def generate(
         results += [matches(detect(clip.frames, len(scene.things)), scene) for clip, scene in zip(clips, some, strict=True)]
         progress(len(results) / len(wanted))
     found = rates(results)
+    asked = [{thing.motion for thing in scene.things} for scene in wanted]
+    pairs = [motions if len(scene.things) == 2 else set[str]() for motions, scene in zip(asked, wanted, strict=True)]
     for kind, motions in KINDS.items():
-        right = [r["motion"] for r, scene in zip(results, wanted, strict=True) if {thing.motion for thing in scene.things} <= motions]
-        found |= {kind: round(sum(right) / len(right), 4)} if right else {}
+        for name, counts in ((kind, [own <= motions for own in asked]), (f"with {kind}", [bool(own & motions) for own in pairs])):
+            right = [result["motion"] for result, one in zip(results, counts, strict=True) if one]
+            found |= {name: round(sum(right) / len(right), 4)} if right else {}
     return found
 
 
