@@ -99,7 +99,10 @@ def test_one_in_a_models_folder_is_a_part_of_it(model: Path, tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "merged" / "transformer").iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(read_weights(tmp_path / "merged" / "transformer")[f"{UP}.weight"], found[f"{UP}.weight"])
     save(folder / "transformer" / lora.OWN, {name.replace("layers.1", "layers.7"): tensor for name, tensor in given.items()}, ABOUT)
-    with pytest.raises(ValueError, match=r"adapter.safetensors: changes weights that .*transformer does not have \(deep_block.layers.7"):
+    with pytest.raises(ValueError, match=r"adapter.safetensors: a LoRA of another architecture than .*: 1 layers .*\(deep_block.layers.7"):
+        load(folder)
+    write(folder / "transformer" / lora.OWN, matrices(0, 96))
+    with pytest.raises(ValueError, match=r"another architecture than .*: 1 layers do not fit .*\(288, 96\) instead of \(192, 64\)"):
         load(folder)
 
 

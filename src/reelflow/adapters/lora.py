@@ -63,8 +63,8 @@ class Lora:
         down, up = (self.tensors[layer + end].float() for end in (DOWN, UP))
         return weight * self.about["alpha"] / self.about["rank"] * (up @ down)
 
-    def require_fit(self, shapes: Mapping[str, tuple[int, ...]], about: ModelConfig) -> None:
-        """Raise ValueError where a flow with weights of those shapes is of another architecture; say so where it is another model."""
+    def require_fit(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+        """Raise ValueError where a model with weights of those shapes, called so, is of another architecture."""
         wrong = []
         for layer in self.layers:
             own = (self.tensors[layer + UP].shape[0], self.tensors[layer + DOWN].shape[1])
@@ -73,9 +73,12 @@ class Lora:
                 wrong.append(f"{layer} {own} instead of {'none' if given is None else tuple(given)}")
         if wrong:
             raise ValueError(
-                f"{self.path}: a LoRA of another architecture than {about.name}: {len(wrong)} layers do not fit ({few(wrong, 1)}); it was "
+                f"{self.path}: a LoRA of another architecture than {name}: {len(wrong)} layers do not fit ({few(wrong, 1)}); it was "
                 f"trained on {self.about['model']}"
             )
+
+    def note(self, about: ModelConfig) -> None:
+        """Say so where it was trained on another model or revision."""
         if (self.about["model"], self.about["revision"]) != (about.name, about.revision):
             trained, here = f"{self.about['model']} revision {self.about['revision']}", f"{about.name} revision {about.revision}"
             message = f"{self.path.name} was trained on {trained}, this is {here}; it may do something else here"
@@ -83,17 +86,26 @@ class Lora:
 
 
 class Adapted(Mapping[str, Tensor]):
-    """Weights with an adapter's change added as each is read, in the type it is stored in."""
+    """Weights with adapters' changes added as each is read, in the type it is stored in.
 
-    def __init__(self, weights: MappedWeights, lora: Lora):
-        self.weights, self.lora, self.source = weights, lora, weights.source
-        self.changed = frozenset(f"{layer}.weight" for layer in lora.layers)
-        if lost := sorted(self.changed - set(weights)):
-            raise ValueError(f"{lora.path}: changes weights that {weights.source} does not have ({few(lost)})")
+    Args:
+        loras: adapters with their weights.
+        name: what an error calls the model. Raises ValueError for one of another architecture.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], loras: Sequence[tuple[Lora, float]], name: str):
+        self.weights, self.loras, self.source = weights, loras, name
+        self.changed = frozenset(f"{layer}.weight" for lora, _ in loras for layer in lora.layers)
+        shapes = {key: tuple(weights[key].shape) for key in self.changed if key in weights}
+        for lora, _ in loras:
+            lora.require_fit(shapes, name)
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self.weights[name]
-        return (weight.float() + self.lora.change(name.removesuffix(".weight"))).to(weight.dtype) if name in self.changed else weight
+        weight, layer = self.weights[name], name.removesuffix(".weight")
+        if name not in self.changed:
+            return weight
+        changes = [lora.change(layer, share) for lora, share in self.loras if layer + DOWN in lora.tensors]
+        return (weight.float() + torch.stack(changes).sum(0)).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -105,7 +117,7 @@ class Adapted(Mapping[str, Tensor]):
 def flow_weights(folder: Path) -> MappedWeights | Adapted:
     """The weights of a flow's folder `transformer/`, with the adapter in it, if there is one. Raises ValueError as `read_weights`."""
     weights, own = read_weights(folder), folder / OWN
-    return Adapted(weights, Lora.open(own)) if own.is_file() else weights
+    return Adapted(weights, [(Lora.open(own), 1.0)], str(folder)) if own.is_file() else weights
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -134,7 +146,8 @@ def parse(text: str) -> tuple[Path, float]:
 @torch.no_grad()
 def apply(lora: Lora, parameters: Mapping[str, torch.nn.Parameter], about: ModelConfig, weight: float = 1.0) -> None:
     """Add an adapter to a flow's parameters, in the precision they have. Raises ValueError where it does not fit."""
-    lora.require_fit({name: tuple(p.shape) for name, p in parameters.items()}, about)
+    lora.require_fit({name: tuple(p.shape) for name, p in parameters.items()}, about.name)
+    lora.note(about)
     for layer in lora.layers:
         p = parameters[f"{layer}.weight"]
         p.data = (p.float() + lora.change(layer, weight).to(p.device)).to(p.dtype)
@@ -157,18 +170,13 @@ def merge(
     diffuses = is_svd(model)
     part, stem = ("unet", "diffusion_pytorch_model") if diffuses else ("transformer", "model")
     about = read_about(model) if diffuses else ModelConfig.read(model / "config.json")
-    weights = part_weights(model / part, stem) if diffuses else flow_weights(model / part)
+    weights = Adapted(part_weights(model / part, stem) if diffuses else flow_weights(model / part), loras, about.name)
     for lora, _ in loras:
-        lora.require_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, about)
+        lora.note(about)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        return {name: changed(name, weights[name]) for name in names}
-
-    def changed(name: str, tensor: Tensor) -> Tensor:
-        layer = name.removesuffix(".weight")
-        changes = [lora.change(layer, weight) for lora, weight in loras if layer + DOWN in lora.tensors]
-        return (tensor.float() + torch.stack(changes).sum(0)).to(tensor.dtype) if changes else tensor
+        return {name: weights[name] for name in names}
 
     merged = about.model_copy(update={"name": "-".join([about.name, *(lora.path.stem for lora, _ in loras)])})
     with new_folder(output) as folder:
