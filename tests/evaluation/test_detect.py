@@ -65,9 +65,10 @@ def test_motion_survives_a_shaky_track(name):
 
 
 def test_motions_of_uneven_courses_are_named(monkeypatch):
-    assert min(validate_motions(24, 2.0).values()) > 0.8
-    monkeypatch.setattr(motion, "UNEVEN", 0.5)
-    assert validate_motions(12, 2.0)["stays still"] < 0.7
+    assert min(validate_motions(24, 2.0).values()) > 0.95
+    assert min(validate_motions(24, 3.0).values()) > 0.9
+    monkeypatch.setattr(motion, "LASTING", 1)
+    assert validate_motions(24, 3.0)["stays still"] < 0.7
 
 
 @pytest.mark.parametrize(("share", "circles"), [(0.4, False), (0.73, True)])

@@ -11,25 +11,29 @@ import numpy as np
 
 from reelflow.data.scene import CLIP, DIRECTIONS
 
-UNEVEN = 2.0
-"""Pixels that a thing may be off an even course and still be on it. With half a pixel here half of what trembles by two without
-going anywhere was taken for moving; with three, one of fifty true pairs of things that collide is misread."""
+UNEVEN = 1.0
+"""Pixels that a thing may be off an even course and still be on it. With two, one of forty true pairs is misread: what collides seems
+to bounce."""
+
+LASTING = 4
+"""Frames that an error of a course lasts, those of one latent frame: together they say as much of the course as one frame that has an error
+of its own. With 1 here, lines with three turns bend with the errors of what circles or trembles, and are taken for its motion."""
 
 
 def motion_of(track: np.ndarray, present: np.ndarray) -> str:
     """Name of the motion of a track (F, 2), in pixels of 128, seen in the frames `present` (F,).
 
     Four models are fitted by least squares (rest, straight lines with up to three turns, arcs of a bouncing ball, circle)
-    and compared by the Bayesian information criterion with a noise floor of `UNEVEN`.
+    and compared by the Bayesian information criterion with a noise floor of `UNEVEN`, of errors that last `LASTING` frames.
     """
     time = np.flatnonzero(present[:CLIP]).astype(np.float64)
     path = track[time.astype(int)]
     if len(time) < 5:
         return "stays still"
-    count = path.size
+    count = path.size / LASTING
 
     def cost(squares: float, parameters: int) -> float:
-        return count * np.log(squares / count + UNEVEN**2) + parameters * np.log(count)
+        return count * np.log(squares / path.size + UNEVEN**2) + parameters * np.log(count)
 
     costs = {"stays still": cost(((path - path.mean(0)) ** 2).sum(), 2)}
     lines, velocity = _fit_lines(time, path)
