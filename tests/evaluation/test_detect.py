@@ -67,6 +67,9 @@ def test_motion_survives_a_shaky_track(name):
 def test_motions_of_uneven_courses_are_named(monkeypatch):
     assert min(validate_motions(24, 2.0).values()) > 0.95
     assert min(validate_motions(24, 3.0).values()) > 0.9
+    with monkeypatch.context() as changed:
+        changed.setattr(motion, "UNEVEN", 0.1)
+        assert validate_motions(24, 2.0)["stays still"] < 0.8
     monkeypatch.setattr(motion, "LASTING", 1)
     assert validate_motions(24, 3.0)["stays still"] < 0.7
 
