@@ -5,6 +5,7 @@ Shapes: B batch, F latent frames, C channels, h × w places.
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -121,6 +122,19 @@ def test_the_file_of_a_run_gives_its_model(model: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(p, found[name], atol=2e-3, rtol=1e-2)
         assert torch.equal(dict(shown.flow.named_parameters())[name], found[name])
     assert make(tmp_path, model, lora=lora).step == 4
+
+
+def test_adapters_do_not_go_on_from_another_revision(model: Path, tmp_path: Path) -> None:
+    """They are changes of weights that a checkpoint does not hold; a run of all weights has its own."""
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    make(tmp_path / "adapters", other, lora={"rank": 2}).run()
+    make(tmp_path / "all", other).run()
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(config | {"revision": "2"}), encoding="utf-8")
+    assert make(tmp_path / "all", other).step == 4
+    with pytest.raises(ValueError, match=r"of a run with revision of init = 1, now 2; give another folder or the same setting"):
+        make(tmp_path / "adapters", other, lora={"rank": 2})
 
 
 def test_samples_of_a_run_are_clips_of_its_averaged_weights_and_leave_it_as_it_is(model: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class Trainer(Generic[Trained]):
         if self.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
         adapters = config.lora.model_dump(mode="json") if config.lora else None
-        settings = {"optimizer": config.optimizer, "seed": config.seed, "lora": adapters}
+        base = config.about.revision if config.lora else None  # adapters change weights that a checkpoint does not hold
+        settings = {"optimizer": config.optimizer, "seed": config.seed, "lora": adapters, "revision of init": base}
         self.checkpoints = Checkpoints(folder, config.keep, self.ranks, settings)
         if found := self.checkpoints.find():
             self.restore(found)
