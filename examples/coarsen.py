@@ -4,7 +4,7 @@
     python examples/coarsen.py runs/adapter/adapter.safetensors runs/coarse.safetensors
 
 The matrices inside transformer layers, 1/32 of their root mean square apart; what is around the layers (projections of latents and text,
-embeddings) is small and stays as it is. Of a LoRA all matrices, 1/8 apart: they only say what changes. What it costs,
+embeddings) is small and stays as it is. Of a LoRA all matrices, 1/16 apart: they only say what changes. What it costs,
 `reelflow evaluate toybox --only likelihood` says.
 """
 
@@ -22,7 +22,7 @@ from reelflow.adapters.checkpoint import new_folder, save_weights
 from reelflow.adapters.hub import resolve
 from reelflow.adapters.lora import Lora, flow_weights
 
-APART, APART_IN_LORA = 1 / 32, 1 / 8
+APART, APART_IN_LORA = 1 / 32, 1 / 16
 
 
 def coarse(weight: Tensor, apart: float) -> Tensor:

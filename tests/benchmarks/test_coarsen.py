@@ -54,7 +54,7 @@ def test_of_a_lora_all_matrices(tmp_path: Path) -> None:
     assert found.about == Lora.open(tmp_path / "heart.safetensors").about
     for name, old in given.items():
         size = old.float().square().mean().sqrt()
-        assert size / 12 < unit_of(old.float(), found.tensors[name].float()) < size / 5
+        assert size / 24 < unit_of(old.float(), found.tensors[name].float()) < size / 10
 
 
 def test_nothing_is_written_over(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
