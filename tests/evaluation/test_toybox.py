@@ -108,6 +108,15 @@ def test_an_extension_is_judged_by_its_end() -> None:
     assert found["background"] == 1.0
 
 
+def test_an_extension_in_which_all_stands_still_does_not_go_on() -> None:
+    def frozen(clip: Clip, prompt: str, seconds: float, seed: int, sampling: Sampling) -> Clip:
+        return Clip(np.concatenate((clip.frames, np.repeat(clip.frames[-1:], round(seconds * 16) - len(clip), 0))), 16)
+
+    found = extend(cast("Any", SimpleNamespace(extend=frozen)), 16, Sampling(), frames=97)
+    still = [scene.things[0].motion == "stays still" for scene in scenes(16, "train", 1)]
+    assert found["goes on"] == round(sum(still) / 16, 4), "what was asked to stay still may"
+
+
 def test_one_measure_alone() -> None:
     found = run("mini", "cpu", count=4, only=["codec"])
     assert found.keys() == {"model", "revision", "count", "count_other_tasks", "codec"}

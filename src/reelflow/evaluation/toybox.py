@@ -8,7 +8,8 @@ Every prompt and seed is fixed, so a number is a number of the model. What is as
     one_thing, held_out, two_things   text → video; held_out: colour–shape pairs that training never showed
     animate                           first frame + caption → video: first frame against the codec's own, thing there in the last
     edit                              clip + instruction → the changed scene with the motion kept
-    extend                            clip + caption → a longer clip: colour and shape in its last 33 frames, there in the last
+    extend                            clip + caption → a longer clip: colour and shape in its last 33 frames, there in the last; and
+                                      whether it still moves, or still does not, as it was asked to
     likelihood                        bits per dimension on train-like and on held-out clips; impossible twins scored lower
     denoiser                          PSNR of noised latents, decoded: as they are, Tweedie step, learned denoiser
 
@@ -43,6 +44,8 @@ SEED = 20_000
 """Of the scenes asked for; training uses others."""
 NEAR = 8.0
 """Pixels: half a latent place, less than the radius of a small thing."""
+STIRS = 12.0
+"""Pixels across which a thing is to be seen in 33 frames to count as moving: true ones are in 20 or more."""
 ROWS: dict[str, tuple[Split, int]] = {"one_thing": ("train", 1), "held_out": ("held_out", 1), "two_things": ("train", 2)}
 """Of text → video: which scenes, of how many things."""
 KINDS = {"direction": set(DIRECTIONS)} | {motion: {motion} for motion in ("stays still", "bounces", "circles")}
@@ -171,13 +174,19 @@ def there(seen: list[Detection]) -> dict[str, bool]:
     return {"there": any(bool(one.present[-1]) for one in seen)}
 
 
+def goes_on(seen: list[Detection], scene: Scene) -> dict[str, bool]:
+    """Whether what was asked to move still does, whichever way, and what was asked to stay still does not."""
+    moves = any(float(np.ptp(one.track, axis=0).max()) > STIRS for one in seen)
+    return {"goes on": bool(seen) and moves == (scene.things[0].motion != "stays still")}
+
+
 def extend(pipe: StarFlowPipeline, count: int, sampling: Sampling, frames: int = 65) -> dict[str, float]:
     results = []
     for index, scene in enumerate(scenes(count, "train", 1)):
         clip = pipe.extend(shown(scene), canonical(scene), seconds=frames / 16, seed=index, sampling=sampling)
         seen = detect(clip.frames[-CLIP:], 1)
         kept = {key: held for key, held in matches(seen, scene).items() if key in ("colour", "shape", "background")} | there(seen)
-        results.append(kept | {"all": all(kept.values())})
+        results.append(kept | {"all": all(kept.values())} | goes_on(seen, scene))
     return rates(results)
 
 
