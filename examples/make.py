@@ -1,4 +1,5 @@
-"""Make a small model from nothing: its VAE, of mini_svd its CLIP tower, latents of toybox clips and pictures, the model folder.
+"""Make a small model from nothing: its VAE, of mini_svd its CLIP tower, latents of toybox clips and pictures, the model folder,
+of mini its adapter.
 
     python examples/make.py mini                        # or mini_svd; all of it in one process
     python examples/make.py mini --processes 2          # one thread each: best on a busy CPU
@@ -34,7 +35,7 @@ ALONE = "reelflow.training.svd.tower"
 
 
 def commands(name: str, settings: list[str]) -> list[tuple[Path | None, list[str]]]:
-    """Arguments of python, each with the folder that shows it is done (None: it sees for itself)."""
+    """Arguments of python, each with the file, or the folder with a config.json, that shows it is done (None: it sees for itself)."""
     trainer, runs = VAES[name]
     found: list[tuple[Path | None, list[str]]] = []
     vae = None
@@ -50,7 +51,18 @@ def commands(name: str, settings: list[str]) -> list[tuple[Path | None, list[str
     config = [str(Path(__file__).with_name(f"{name}.yaml")), f"vae={vae}", f"latents=runs/{name}-latents", *own, *settings]
     found.append((None, ["-m", "reelflow", "train", "prepare", *config]))
     found.append((None, ["-m", "reelflow", "train", *config, "--folder", f"runs/{name}"]))
-    return found
+    return found + (adapter(Path("runs/mini/model")) if name == "mini" else [])
+
+
+def adapter(model: Path) -> list[tuple[Path | None, list[str]]]:
+    """What mini has on top: trained from the model, and put into its folder."""
+    made, trained = model / "transformer" / "adapter.safetensors", Path("runs/mini_circles/adapter.safetensors")
+    config = str(Path(__file__).with_name("mini_circles.yaml"))
+    return [
+        (made, ["-m", "reelflow", "train", "prepare", config]),
+        (made, ["-m", "reelflow", "train", config, "--folder", str(trained.parent)]),
+        (made, [str(Path(__file__).with_name("coarsen.py")), str(trained), str(made)]),
+    ]
 
 
 def main() -> int:
@@ -61,9 +73,10 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     several = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.processes)] if options.processes > 1 else []
     for made, command in commands(options.name, options.settings):
-        if made and (made / "config.json").is_file():
+        if made and (made.is_file() or (made / "config.json").is_file()):
             continue
-        if code := subprocess.call([sys.executable, *(several if command[1] != ALONE else []), *command]):
+        shared = command[0] == "-m" and command[1] != ALONE
+        if code := subprocess.call([sys.executable, *(several if shared else []), *command]):
             return code
     return 0
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
+from reelflow.adapters.lora import OWN
 from reelflow.training.config import load
 from reelflow.training.svd.vae import SVD
 from reelflow.training.vae import WAN, arguments
@@ -32,7 +34,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 @pytest.mark.parametrize("name", ["mini", "mini_svd"])
 def test_every_part_is_a_command_that_its_program_takes(make: ModuleType, name: str) -> None:
-    *vaes, (_, prepare), (_, train) = make.commands(name, ["seed=3"])
+    parts = make.commands(name, ["seed=3"])
+    *vaes, (_, prepare), (_, train) = parts[:-3] if name == "mini" else parts
     if name == "mini_svd":
         made, (_, module, folder) = vaes.pop()
         assert (module, Path(folder)) == (make.ALONE, made), "the tower is what shows that it is done"
@@ -50,6 +53,19 @@ def test_every_part_is_a_command_that_its_program_takes(make: ModuleType, name: 
         config = load(Path(words[0]), words[1:])
         assert (config.seed, Path(config.vae), config.latents) == (3, last, Path(f"runs/{name}-latents"))
     assert train[-2:] == ["--folder", f"runs/{name}"]
+
+
+def test_what_mini_has_on_top_is_trained_from_it_and_put_into_its_folder(make: ModuleType) -> None:
+    (made, prepare), (_, train), (_, coarsen) = make.commands("mini", [])[-3:]
+    assert made == Path("runs/mini/model/transformer") / OWN
+    recipe = Path(train[3])
+    assert prepare[4:] == [str(recipe)]
+    assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["init"] == "runs/mini/model"
+    config = load(recipe, ["init=mini"])
+    assert config.lora is not None
+    program, trained, target = coarsen
+    assert Path(program).is_file()
+    assert (Path(trained), Path(target)) == (Path(train[-1]) / f"{config.about.name}.safetensors", made)
 
 
 def test_it_goes_on_where_it_was_and_stops_where_a_part_fails(make: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
