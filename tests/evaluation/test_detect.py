@@ -10,7 +10,7 @@ from reelflow.data.toybox import MOTIONS, Scene, Thing, canonical, render, sampl
 from reelflow.evaluation import motion
 from reelflow.evaluation.detect import detect, matches
 from reelflow.evaluation.motion import motion_of
-from reelflow.evaluation.validate import degrade, validate, validate_motions
+from reelflow.evaluation.validate import degrade, validate, validate_going_on, validate_motions
 
 
 def test_one_thing_is_read_from_true_renders():
@@ -30,6 +30,10 @@ def test_one_thing_is_read_from_degraded_renders():
 
 def test_small_frames_are_read():
     assert validate(24, things=1, degraded=False, size=64)["all"] >= 0.9
+
+
+def test_what_moves_is_seen_to_go_on_late_in_long_clips() -> None:
+    assert validate_going_on(32, degraded=True) == 1.0
 
 
 def test_track_is_where_the_thing_is():

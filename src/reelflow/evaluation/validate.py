@@ -1,4 +1,5 @@
-"""How well the detector reads true renders: clean, degraded as a lossy codec might, and of true courses drawn unevenly.
+"""How well the detector reads true renders: clean, degraded as a lossy codec might, late in long clips, and of true
+courses drawn unevenly.
 
     python -m reelflow.evaluation.validate [--clips 512] [--size 128]
 
@@ -18,6 +19,7 @@ from reelflow.data.render import render, simulate
 from reelflow.data.scene import MOTIONS, sample_scene
 from reelflow.evaluation.detect import detect, gaussian_blur, matches
 from reelflow.evaluation.motion import motion_of
+from reelflow.evaluation.toybox import goes_on, scenes
 
 
 def degrade(frames: Tensor, seed: int, blur: float = 1.0, noise: float = 8.0, shift: float = 25.0) -> Tensor:
@@ -57,6 +59,15 @@ def validate_motions(courses: int, off: float) -> dict[str, float]:
     return shares
 
 
+def validate_going_on(clips: int, degraded: bool) -> float:
+    """Share of true renders, frames 448 to 480, of which it is read rightly whether the thing moves (`toybox.goes_on`)."""
+    right = []
+    for number, scene in enumerate(scenes(clips, "train", 1)):
+        frames = render([scene], start=448)[0]
+        right.append(goes_on(detect(degrade(frames, number) if degraded else frames), scene)["goes on"])
+    return sum(right) / clips
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description="Share of toybox renders that the detector reads correctly.")
@@ -70,6 +81,10 @@ def main() -> None:
         name = f"{'one thing' if things == 1 else 'two things'}, {'degraded' if degraded else 'clean'}"
         sys.stdout.write(f"{name:28}" + "".join(f"{100 * shares[key]:11.1f}%" for key in head) + "\n")
         sys.stdout.flush()
+    sys.stdout.write(f"\n{'':28}{'goes on':>12}\n")
+    for degraded in (False, True):
+        name = f"frames 448 on, {'degraded' if degraded else 'clean'}"
+        sys.stdout.write(f"{name:28}{100 * validate_going_on(options.clips, degraded):11.1f}%\n")
     sys.stdout.write(f"\n{'motion':28}" + "".join(f"{motion:>13}" for motion in MOTIONS) + "\n")
     for off in (0, 1, 2, 3):
         shares = validate_motions(options.clips, off)
