@@ -45,7 +45,7 @@ SEED = 20_000
 NEAR = 8.0
 """Pixels: half a latent place, less than the radius of a small thing."""
 STIRS = 12.0
-"""Pixels across which a thing is to be seen in 33 frames to count as moving: true ones are in 20 or more."""
+"""Pixels across which a thing is to be seen in 33 frames to count as moving (`validate` says how well that tells it)."""
 ROWS: dict[str, tuple[Split, int]] = {"one_thing": ("train", 1), "held_out": ("held_out", 1), "two_things": ("train", 2)}
 """Of text → video: which scenes, of how many things."""
 KINDS = {"direction": set(DIRECTIONS)} | {motion: {motion} for motion in ("stays still", "bounces", "circles")}
